@@ -1,0 +1,605 @@
+"""SESA: sequential sampling for exploration in reinforcement learning of language models.
+
+    for x in batch:                                       # P problems
+      S = []
+      for i in 1..K:                                      # Stage I: serial in i, batched over problems
+        s_i ~ pi(. | PromptSketch(x, S));  S += [s_i]
+      y_ij ~ pi(. | PromptSolve(x, s_i))                  # Stage II: all K*M solutions in parallel, every turn
+      r_ij = R(x, y_ij)
+      A_ij = (r_ij - mean_x) / (std_x + eps)              # 0 where all of x's solutions succeed, or all fail
+    update with a clipped policy gradient (rl.py); evaluate y ~ pi(. | x), without a sketch
+
+Source: "The Road Less Traveled: Enhancing Exploration in LLMs via Sequential Sampling", arXiv 2510.15502. Where we
+deviate from it, or chose what it leaves open:
+
+ 1. Loss context. The paper scores a solution under the prompt without its sketch and does not correct for that:
+    `sketch_context="drop"`, the default of two-stage tasks. "keep" trains in the context that was sampled from, "is"
+    weighs the dropped context by pi(y|x) / pi_old(y|x,s), truncated; "distill" is "keep" plus a tenth of "drop".
+ 2. Where the sketches are the answers (the synthetic task), there is no Stage II. A guess is trained under the chain
+    before it ("keep"; with "drop" the policy unlearns what a valid answer is), a repeat within a chain earns 0.
+ 3. There, the baseline is the mean over the chains at the same position: late guesses are harder than early ones.
+ 4. There, a success found by n chains of the batch earns n ** -rarity, so that what few chains found is not drowned by
+    what all of them found. rarity=0 is the paper's reward. Baselines are run with the same bonus, too.
+ 5. A group is decided by its outcomes, not by shaped crumbs of reward (see rl.group_advantages).
+ 6. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (sketches of another problem).
+ 7. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
+    tokenised again. So a history is append-only for every chat template, and its cached keys and values stay valid.
+
+This file knows no file and no process group; `rollout` gives Groups, `credit` their advantages, `sequences` what the
+loss is computed on. P problems, K sketches, M solutions per sketch, G answers in a group, C chains.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, groupby
+from statistics import fmean
+
+import torch
+
+import rl
+from sampler import Completion, Sampler, SamplingParams
+from tasks import Demonstration, Outcome, Problem
+
+SLOT = "\ue000"  # a private-use character, stands for token ids in a rendered prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts: from text to token ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts around a problem. Fields in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation}.
+
+    `direct` and `sketch` should begin alike: what they share is computed once per problem and forked.
+    """
+
+    direct: str = "{problem}\n\n{answer_hint}"
+    sketch: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. On one line, write {sketch_hint}."
+    next: str = "On one line, write another one, different from all of yours above."
+    solve: str = "{problem}\n\n{answer_hint}\n\nFollow this approach: {sketch}"
+    turn: str = "{observation}"
+
+    @classmethod
+    def load(cls, values: dict) -> "Prompts":
+        """The defaults with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
+        known = [f.name for f in fields(cls)]
+        for name, text in values.items():
+            if name not in known or not isinstance(text, str):
+                raise ValueError(f"prompt {name!r}: must be one of {', '.join(known)}, each a string")
+        prompts = cls(**values)
+        if prompts.solve.count("{sketch}") != 1:
+            raise ValueError(f"prompt 'solve' is {prompts.solve!r}: must hold {{sketch}} once, where the sketch goes")
+        return prompts
+
+
+# The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
+TINY_PROMPTS = Prompts(
+    direct="{problem} <solve>",
+    sketch="{problem} <sketch>",
+    next="",
+    solve="{problem} <sketch> {sketch} <solve>",
+    turn="{observation} <solve>",
+)
+TINY_ANSWER_PROMPTS = Prompts("{problem}", "{problem}", "", "{problem} {sketch}", "{observation}")  # one stage only
+TINY_WORDS = ["<sketch>", "<solve>"]
+
+
+class Chat:
+    """Renders messages as token ids through the tokenizer's chat template, or as plain lines if it has none.
+
+    The template is used only for what surrounds the policy's own tokens, cut out around a placeholder. So earlier turns
+    are never rendered again (Qwen3's template, for one, would drop their <think> blocks), and contexts only grow.
+    """
+
+    def __init__(self, tokenizer, stop_ids: Sequence[int]):
+        self.tokenizer, self.stop_ids = tokenizer, list(stop_ids)
+        self.cache: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids without the stop token that ends them."""
+        ids = list(ids[:-1]) if len(ids) and ids[-1] in self.stop_ids else list(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def render(self, messages: list[dict]) -> str:
+        if self.tokenizer.chat_template:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return (self.tokenizer.bos_token or "") + "".join(m["content"] + "\n" for m in messages)
+
+    def opening(self, text: str, insert: Sequence[int] = ()) -> list[int]:
+        """A conversation that opens with the user's text, up to where the policy writes; `insert` replaces SLOT."""
+        pieces = self.render([dict(role="user", content=text)]).split(SLOT)
+        ids = [self.encode(piece) for piece in pieces]
+        return ids[0] + [i for piece in ids[1:] for i in (*insert, *piece)]
+
+    def following(self, text: str) -> list[int]:
+        """What comes between the policy's stop token and its next turn: the end of its turn and the user's text."""
+        if text not in self.cache:
+            self.cache[text] = self._following(text)
+        return self.cache[text]
+
+    def _following(self, text):
+        if not self.tokenizer.chat_template:
+            return self.encode("\n" + text + "\n") if text else []
+        turns = [dict(role="user", content=""), dict(role="assistant", content=SLOT), dict(role="user", content=text)]
+        tail = self.render(turns).split(SLOT)
+        if len(tail) != 2:
+            raise ValueError(
+                "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
+                "use a model with another template, or --method grpo on a single-turn task"
+            )
+        ids = self.encode(tail[1].lstrip())
+        return ids[1:] if ids and ids[0] in self.stop_ids else ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+@dataclass
+class Trajectory:
+    """One conversation, token by token: what the policy was shown and what it wrote.
+
+    `prompt` is the context it was sampled under, `plain` the prompt of the same problem without a sketch. `body` is all
+    that follows the prompt; spans[j] = (start, end) in body is the policy's j-th text, its stop token included. An
+    episode has one outcome, a chain of guesses one for each span; rewards and advantages go with the outcomes.
+    """
+
+    prompt: list[int]
+    plain: list[int]
+    seed: int
+    sketch: str | None = None
+    body: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # of the written tokens, as sampled
+    texts: list[str] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+
+    def wrote(self, completion: Completion, text: str) -> None:
+        self.spans.append((len(self.body), len(self.body) + len(completion.ids)))
+        self.body += completion.ids
+        self.logps += list(completion.logps)
+        self.texts.append(text)
+        self.truncated.append(completion.finish_reason == "length")
+
+    def shown(self, ids: Sequence[int]) -> None:
+        self.body += ids
+
+    def span_tokens(self) -> list[int]:
+        return [end - start for start, end in self.spans]
+
+
+@dataclass
+class Group:
+    """What was found for one problem: its sketches (texts), and the trajectories that are compared with each other."""
+
+    problem: Problem
+    trajectories: list[Trajectory]
+    sketches: list[str] = field(default_factory=list)
+    sketch_tokens: int = 0
+
+    def outcomes(self) -> list[Outcome]:
+        return [o for t in self.trajectories for o in t.outcomes]
+
+
+@dataclass
+class TrainingSequence:
+    """One row of the loss: ids, the positions of the tokens that are trained, and their advantages and log-probs."""
+
+    ids: list[int]
+    targets: list[int]  # ids[t] is predicted from ids[:t], for t in targets
+    advantages: list[float]  # per target
+    sampled_logps: list[float]  # per target, in the context that was sampled from
+    weight: float = 1.0
+    on_policy: bool = True  # the context is the sampled one
+    old_logps: torch.Tensor | None = None  # per target, in this context, before the updates; set where they are needed
+    token_weights: torch.Tensor | None = None  # per target, set by the update
+
+
+def derive_seed(*parts: Hashable) -> int:
+    """A 63-bit seed for the random stream of one sequence, from (seed, step, problem, index, ...).
+
+    >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
+    (True, False)
+    """
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens a and b share, less one if one of them ends there (a branch has a token of its own)."""
+    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return min(shared, len(a) - 1, len(b) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to sample. method "grpo": group_size answers i.i.d.; "sesa": num_sketches x num_solutions, sketches first."""
+
+    method: str = "sesa"
+    num_sketches: int = 16
+    num_solutions: int = 1
+    group_size: int = 16
+    sketches: str = "sequential"  # | iid | placebo
+    sketch_params: SamplingParams = SamplingParams(max_new_tokens=64)
+    solution_params: SamplingParams = SamplingParams(max_new_tokens=512)
+
+
+class Explorer:
+    """Draws sketches and solutions for problems. Each problem is a program (a generator) that is written as if it were
+    alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token."""
+
+    def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
+        self.sampler, self.task, self.chat, self.prompts = sampler, task, chat, prompts
+        self.roots: dict[tuple, int] = {}
+
+    def text(self, template: str, **values) -> str:
+        values = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT) | values
+        for name, value in values.items():
+            template = template.replace("{" + name + "}", value)
+        return template.strip()
+
+    def direct_prompt(self, problem: Problem) -> list[int]:
+        """The prompt of evaluation: no sketch. Where the sketches are the answers, that is an empty history."""
+        template = self.prompts.direct if self.task.two_stage else self.prompts.sketch
+        return self.chat.opening(self.text(template, problem=problem.text))
+
+    def sketch_prompt(self, problem: Problem) -> list[int]:
+        return self.chat.opening(self.text(self.prompts.sketch, problem=problem.text))
+
+    def solve_prompt(self, problem: Problem, sketch_ids: Sequence[int]) -> list[int]:
+        return self.chat.opening(self.text(self.prompts.solve, problem=problem.text), sketch_ids)
+
+    def rollout(self, problems: Sequence[Problem], plan: Plan, seed: tuple) -> list[Group]:
+        """One Group per problem. `seed`: what to derive each sequence's stream from, with the problem's place in it:
+        problems[i] may be given as (place, problem), so that the result does not depend on how ranks share the work."""
+        placed = [p if isinstance(p[1], Problem) else (i, p) for i, p in enumerate(problems)]
+        self.roots.clear()
+        if plan.method == "grpo":
+            programs = [self.answer(p, plan, (*seed, i)) for i, p in placed]
+        elif not self.task.two_stage:
+            programs = [self.guess_in_turn(p, plan, (*seed, i)) for i, p in placed]
+        elif plan.sketches == "placebo":  # those of the problem before it; its own if it is alone
+            drafts = self.sampler.run([self.draft(p, plan, (*seed, i)) for i, p in placed])
+            programs = [self.solve(p, drafts[j - 1], plan, (*seed, i)) for j, (i, p) in enumerate(placed)]
+        else:
+            programs = [self.explore(p, plan, (*seed, i)) for i, p in placed]
+        groups = self.sampler.run(programs)
+        self.sampler.release(self.roots.values())
+        return groups
+
+    def answer(self, problem, plan, seed):
+        """GRPO: group_size answers i.i.d. to the plain prompt."""
+        plain = self.direct_prompt(problem)
+        answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in range(plan.group_size)]
+        yield from self.play(problem, answers, plan.solution_params if self.task.two_stage else plan.sketch_params)
+        return Group(problem, answers)
+
+    def explore(self, problem, plan, seed):
+        """SESA: Stage I, then Stage II."""
+        drafts = yield from self.draft(problem, plan, seed)
+        return (yield from self.solve(problem, drafts, plan, seed))
+
+    def draft(self, problem, plan, seed):
+        """Stage I: K sketches, each after those before it (or, as an ablation, after none of them)."""
+        chain = Trajectory(self.sketch_prompt(problem), [], 0)
+        seeds = [derive_seed(*seed, "sketch", i) for i in range(plan.num_sketches)]
+        rows = self.branch(problem, [chain] * (len(seeds) if plan.sketches == "iid" else 1))
+        if plan.sketches == "iid":
+            completions = yield rows, plan.sketch_params, seeds
+        else:
+            completions = []
+            for i, sketch_seed in enumerate(seeds):
+                if i:
+                    rows = self.extend(rows, [chain], self.text(self.prompts.next))
+                [completion] = yield rows, plan.sketch_params, [sketch_seed]
+                chain.wrote(completion, "")
+                completions.append(completion)
+        self.sampler.release(rows)
+        return completions
+
+    def solve(self, problem, drafts: list[Completion], plan, seed):
+        """Stage II: M solutions of every sketch, all in parallel."""
+        plain = self.direct_prompt(problem)
+        solutions = []
+        for i, draft in enumerate(drafts):
+            ids = draft.ids[:-1] if draft.finish_reason == "stop" else draft.ids
+            prompt = self.solve_prompt(problem, ids)
+            solutions += [
+                Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), self.chat.decode(ids))
+                for j in range(plan.num_solutions)
+            ]
+        yield from self.play(problem, solutions, plan.solution_params)
+        sketches = [self.chat.decode(draft.ids) for draft in drafts]
+        return Group(problem, solutions, sketches, sum(len(draft.ids) for draft in drafts))
+
+    def guess_in_turn(self, problem, plan, seed):
+        """SESA where the sketches are the answers: a chain of K guesses."""
+        prompt = self.sketch_prompt(problem)
+        chain = Trajectory(prompt, prompt, derive_seed(*seed, "chain"))
+        rows = self.branch(problem, [chain])
+        for i in range(plan.num_sketches):
+            if i:
+                rows = self.extend(rows, [chain], self.text(self.prompts.next))
+            [completion] = yield rows, plan.sketch_params, [derive_seed(*seed, "sketch", i)]
+            chain.wrote(completion, self.chat.decode(completion.ids))
+            episode = self.task.episode(problem)
+            episode.act(chain.texts[-1])
+            chain.outcomes.append(episode.outcome())
+        self.sampler.release(rows)
+        return Group(problem, [chain], chain.texts, len(chain.logps))
+
+    def play(self, problem, trajectories: list[Trajectory], params):
+        """Play one episode for each trajectory to its end; those that are over leave, the others are shown more."""
+        episodes = [self.task.episode(problem) for _ in trajectories]
+        rows = self.branch(problem, trajectories)
+        alive, turn = list(range(len(trajectories))), 0
+        while alive:
+            seeds = [derive_seed(trajectories[i].seed, turn) for i in alive]
+            completions = yield [rows[i] for i in alive], params, seeds
+            for i, completion in zip(list(alive), completions, strict=True):
+                text = self.chat.decode(completion.ids)
+                trajectories[i].wrote(completion, text)
+                if episodes[i].act(text):
+                    trajectories[i].outcomes = [episodes[i].outcome()]
+                    alive.remove(i)
+                    self.sampler.release([rows[i]])
+            for i in alive:
+                observation = self.text(self.prompts.turn, observation=episodes[i].observe())
+                [rows[i]] = self.extend([rows[i]], [trajectories[i]], observation)
+            turn += 1
+
+    def branch(self, problem, trajectories: list[Trajectory]) -> list:
+        """Rows that hold the trajectories' prompts. What all prompts of a problem share is computed once and forked,
+        and so is the one prompt of several trajectories in a row (the M solutions of a sketch)."""
+        plain = self.direct_prompt(problem)
+        shared = min(common_prefix(plain, p) for p in [self.sketch_prompt(problem)] + [t.prompt for t in trajectories])
+        if not shared:
+            return self.sampler.prefill([t.prompt for t in trajectories])
+        root = tuple(plain[:shared])
+        if root not in self.roots:
+            [self.roots[root]] = self.sampler.prefill([root])
+        rows = []
+        for prompt, kids in groupby((t.prompt for t in trajectories), key=tuple):
+            count = len(list(kids))
+            stem = self.sampler.fork([self.roots[root]], 1)
+            rows += self.sampler.fork(self.sampler.extend(stem, [prompt[shared:]]), count)
+            self.sampler.release(stem)
+        return rows
+
+    def extend(self, rows, trajectories, text: str) -> list:
+        """Show the policy more: the end of its turn, and the user's text."""
+        tokens = []
+        for trajectory in trajectories:
+            ended = [] if not trajectory.truncated[-1] else self.chat.stop_ids[:1]
+            tokens.append(ended + self.chat.following(text))
+            trajectory.shown(tokens[-1])
+        return self.sampler.extend(rows, tokens) if any(tokens) else rows
+
+    def demonstration(self, demo: Demonstration) -> Iterator[Trajectory]:
+        """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
+        plain, stop = self.direct_prompt(demo.problem), self.chat.stop_ids[:1]
+        chain = Trajectory(self.sketch_prompt(demo.problem), plain, 0)
+        for i, sketch in enumerate(demo.sketches):
+            if i:
+                chain.shown(self.chat.following(self.text(self.prompts.next)))
+            chain.wrote(Completion(self.chat.encode(sketch) + stop, [], "stop"), sketch)
+        if demo.sketches:
+            yield chain
+        if demo.turns:
+            for prompt in [plain] + [self.solve_prompt(demo.problem, self.chat.encode(s)) for s in demo.sketches[:1]]:
+                solution, episode = Trajectory(prompt, plain, 0), self.task.episode(demo.problem)
+                for i, text in enumerate(demo.turns):
+                    if i:
+                        shown = self.text(self.prompts.turn, observation=episode.observe())
+                        solution.shown(self.chat.following(shown))
+                    solution.wrote(Completion(self.chat.encode(text) + stop, [], "stop"), text)
+                    episode.act(text)
+                yield solution
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Credit: from outcomes to advantages, and to what the loss is computed on
+
+
+def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter | None = None, rarity: float = 0.0):
+    """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes).
+
+    repeats="zero": what has the key of an earlier outcome of the same list earns 0 and is no success. With counts (for
+    each key, how many groups of the batch found it), a success is worth counts[key] ** -rarity of its reward.
+
+    >>> hit = Outcome(1.0, True, "a", True)
+    >>> earned([hit, hit], "zero", Counter(a=4), rarity=0.5)
+    ([0.5, 0.0], [True, False])
+    """
+    rewards, successes, seen = [], [], set()
+    for outcome in outcomes:
+        repeat = repeats == "zero" and outcome.key is not None and outcome.key in seen
+        share = counts[outcome.key] ** -rarity if counts and outcome.success else 1.0
+        rewards.append(0.0 if repeat else outcome.reward * share)
+        successes.append(outcome.success and not repeat)
+        seen.add(outcome.key)
+    return rewards, successes
+
+
+def credit(
+    outcomes: Sequence[Sequence[Outcome]],
+    *,
+    chains: bool,
+    baseline: str = "position",
+    scale: str = "std",
+    repeats: str = "full",
+    rarity: float = 0.0,
+    pass_k: int = 8,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Rewards and advantages of a batch: outcomes[p] are those of group (or chain) p, in order, of ALL ranks.
+
+    With chains=True each outcome is a guess of its own and rl.chain_advantages compares it over chain, position or
+    batch; else rl.group_advantages compares the answers to one problem. Returns two lists shaped like outcomes.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> credit([[hit, miss]], chains=False, scale="none")
+    ([[1.0, 0.0]], [[0.5, -0.5]])
+    """
+    counts = Counter(key for group in outcomes for key in {o.key for o in group if o.success})
+    pairs = [earned(group, repeats, counts, rarity) for group in outcomes]
+    rewards = torch.tensor([r for r, _ in pairs])  # [P, G]
+    if chains:
+        advantages = rl.chain_advantages(rewards, baseline, scale)  # [C, K]
+    else:
+        advantages = rl.group_advantages(rewards, torch.tensor([s for _, s in pairs]), scale, pass_k)  # [P, G]
+    return rewards.tolist(), advantages.tolist()
+
+
+def assign(group: Group, rewards: Sequence[float], advantages: Sequence[float]) -> None:
+    """Hand the group's rewards and advantages to its trajectories, in the order of Group.outcomes()."""
+    rewards, advantages = iter(rewards), iter(advantages)
+    for trajectory in group.trajectories:
+        trajectory.rewards = [next(rewards) for _ in trajectory.outcomes]
+        trajectory.advantages = [next(advantages) for _ in trajectory.outcomes]
+
+
+def sequences(group: Group, context: str, distill_coef: float = 0.1) -> list[TrainingSequence]:
+    """What the loss is computed on, in the context "keep", "drop", "is" or "distill" (deviation 1)."""
+    kept = [as_sampled(t) for t in group.trajectories]
+    if context == "keep" or all(t.prompt == t.plain and len(t.outcomes) == 1 for t in group.trajectories):
+        return kept
+    plain = [s for t in group.trajectories for s in without_context(t)]
+    if context == "distill":
+        return kept + [replace(s, weight=distill_coef) for s in plain]
+    return plain
+
+
+def as_sampled(trajectory: Trajectory) -> TrainingSequence:
+    """The trajectory in the context that it was sampled from: loss on what the policy wrote, and on nothing else."""
+    lengths = trajectory.span_tokens()
+    per_span = trajectory.advantages * (len(lengths) // len(trajectory.advantages))  # an episode's counts for all turns
+    return TrainingSequence(
+        trajectory.prompt + trajectory.body,
+        [len(trajectory.prompt) + t for start, end in trajectory.spans for t in range(start, end)],
+        [a for a, n in zip(per_span, lengths, strict=True) for _ in range(n)],
+        trajectory.logps,
+    )
+
+
+def without_context(trajectory: Trajectory) -> Iterator[TrainingSequence]:
+    """The same words under the plain prompt: an episode without its sketch, each guess without its chain."""
+    if len(trajectory.outcomes) == 1:
+        yield replace(as_sampled(replace(trajectory, prompt=trajectory.plain)), on_policy=False)
+        return
+    ends = list(accumulate(trajectory.span_tokens()))
+    for (start, end), stop, advantage in zip(trajectory.spans, ends, trajectory.advantages, strict=True):
+        yield TrainingSequence(
+            trajectory.plain + trajectory.body[start:end],
+            list(range(len(trajectory.plain), len(trajectory.plain) + end - start)),
+            [advantage] * (end - start),
+            trajectory.logps[stop - (end - start) : stop],
+            on_policy=False,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics: coverage, unique counts and diversity of every task, from outcome keys alone
+
+
+def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Shares of success, of valid, and of duplicates among the valid; counts of unique successes and unique valid.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> diversity([hit, hit, miss, Outcome(0.0, False, None, False)])
+    {'success': 0.5, 'valid': 0.75, 'unique_success': 1, 'unique_valid': 2, 'duplicate_rate': 0.3333333333333333}
+    """
+    valid = [o.key for o in outcomes if o.key is not None]
+    return {
+        "success": fmean(o.success for o in outcomes),
+        "valid": fmean(o.valid for o in outcomes),
+        "unique_success": len({o.key for o in outcomes if o.success}),
+        "unique_valid": len(set(valid)),
+        "duplicate_rate": 1 - len(set(valid)) / len(valid) if valid else 0.0,
+    }
+
+
+def coverage(outcomes: Sequence[Outcome], targets: frozenset, ks: Sequence[int]) -> dict[str, float]:
+    """Coverage@k: the share of the targets among the first k outcomes, for each k that there are enough outcomes for.
+
+    >>> coverage([Outcome(1.0, True, key, True) for key in "aab"], frozenset("abcd"), (1, 2, 3, 4))
+    {'1': 0.25, '2': 0.25, '3': 0.5}
+    """
+    return {str(k): len({o.key for o in outcomes[:k]} & targets) / len(targets) for k in ks if k <= len(outcomes)}
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Sums over the groups of a step, to be added up over ranks and divided by the counts (`mean_group_metrics`)."""
+    sums = Counter()
+    for group in groups:
+        outcomes = group.outcomes()
+        found = diversity(outcomes)
+        rewards = torch.tensor([r for t in group.trajectories for r in t.rewards])
+        lengths = [len(t.logps) for t in group.trajectories]
+        sums.update(
+            {
+                "groups": 1,
+                "outcomes": len(outcomes),
+                "trajectories": len(lengths),
+                "turns": sum(len(t.spans) for t in group.trajectories),
+                "reward": float(rewards.sum()),
+                "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,
+                "frac_reward_zero_std": float(bool((rewards == rewards[0]).all())),
+                "success": found["success"] * len(outcomes),
+                "valid": found["valid"] * len(outcomes),
+                "unique_success": found["unique_success"],
+                "unique_valid": found["unique_valid"],
+                "duplicate_rate": found["duplicate_rate"],
+                "sketch_distinct": len(set(group.sketches)) / len(group.sketches) if group.sketches else 0.0,
+                "completions/mean_length": sum(lengths),
+                "completions/clipped_ratio": sum(sum(t.truncated) for t in group.trajectories),
+            }
+        )
+    return dict(sums)
+
+
+def mean_group_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """The means of `group_metrics`' sums: per outcome, trajectory, turn or group, as each is defined."""
+    per = {"reward": "outcomes", "success": "outcomes", "valid": "outcomes", "completions/mean_length": "trajectories"}
+    per["completions/clipped_ratio"] = "turns"
+    counts = ("groups", "outcomes", "trajectories", "turns")
+    return {name: total / sums[per.get(name, "groups")] for name, total in sums.items() if name not in counts}
+
+
+def evaluation_metrics(found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None) -> dict:
+    """pass@k, avg@n and unique counts per problem; where targets are known, Coverage@k over all outcomes in order.
+
+    found[p]: the outcomes of problem p, n each.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> evaluation_metrics([[hit, miss], [miss, miss]], (1, 2), None)["pass@k"]
+    {'1': 0.25, '2': 0.5}
+    """
+    counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
+    smallest = min(n for n, _ in counts)
+    flat = [o for outcomes in found for o in outcomes]
+    metrics = {
+        "n": smallest,
+        "problems": len(found),
+        "reward": fmean(o.reward for o in flat),
+        "avg@n": fmean(c / n for n, c in counts),
+        "valid": fmean(o.valid for o in flat),
+        "unique_success": fmean(diversity(outcomes)["unique_success"] for outcomes in found),
+        "unique_valid": fmean(diversity(outcomes)["unique_valid"] for outcomes in found),
+        "pass@k": {str(k): fmean(rl.pass_at_k(n, c, k) for n, c in counts) for k in ks if k <= smallest},
+    }
+    if targets is not None:
+        metrics["coverage"] = coverage(flat, targets, ks)
+        metrics["found"] = len({o.key for o in flat} & targets)
+    return metrics
