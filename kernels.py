@@ -49,8 +49,8 @@ ROW_PROGRAMS = 132 * 32  # one-warp programs that fill the 132 multiprocessors o
 MAX_SPLITS = 64  # parts of a row, when there are too few rows
 
 LOWEST = -1.0e30  # z where p = 0: a product with it is 0, with -inf it would be NaN
-HIGHEST = 3.0e38  # D where the reference has no mass, for the same reason; a KL above INFINITE can only stem from it
-INFINITE = 1.0e20
+HIGHEST = 1.0e33  # D where the reference has no mass, for the same reason; V of them still add up to a finite number
+INFINITE = 1.0e15  # a KL above this can only stem from such a D: it is reported as +inf
 
 
 class TokenStats(NamedTuple):
@@ -603,7 +603,7 @@ def _heads(hidden, weight, ref_hidden, ref_weight) -> tuple[_Head, _Head | None]
 
 
 def _concat(parts: Sequence[tuple]) -> tuple:
-    return tuple(None if column[0] is None else torch.cat(column, dim=-1) for column in zip(*parts))
+    return tuple(None if column[0] is None else torch.cat(column, dim=-1) for column in zip(*parts, strict=True))
 
 
 class _LinearStats(torch.autograd.Function):

@@ -29,7 +29,8 @@ exactly no policy gradient: a collapsed policy stops learning.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -235,6 +236,76 @@ def importance_weight(
         owner = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)  # [N]
         log_weight = log_weight.new_zeros(lengths.numel()).index_add(0, owner, log_weight)[owner]  # [N]
     return log_weight.exp().clamp(max=cap)  # [N]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows: what the loss is computed on, before and after it is split
+
+
+@dataclass
+class TrainingSequence:
+    """One row of the loss: token ids, which of them are trained, and what is known of each trained token.
+
+    A row has a context of its own: the sampled one, or (on_policy False) that without the sketch.
+    """
+
+    ids: list[int]
+    targets: list[int]  # ids[t] is predicted from ids[:t], for t in targets
+    advantages: list[float]  # per target
+    sampled_logps: list[float]  # per target, in the context that was sampled from
+    weight: float = 1.0
+    on_policy: bool = True
+    old_logps: Tensor | None = None  # [targets] in this context, by the policy before the updates; where needed
+    token_weights: Tensor | None = None  # [targets], see `set_token_weights`
+
+
+def micro_batches(rows: Sequence[TrainingSequence], budget: int) -> Iterator[list[TrainingSequence]]:
+    """Rows by length, in batches of at most `budget` tokens with padding; a longer row is a batch of its own.
+
+    >>> rows = [TrainingSequence([0] * n, [], [], []) for n in (2, 4, 3)]
+    >>> [[len(row.ids) for row in batch] for batch in micro_batches(rows, budget=8)]
+    [[4, 3], [2]]
+    """
+    batch = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if batch and len(batch[0].ids) * (len(batch) + 1) > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def set_token_weights(
+    rows: Sequence[TrainingSequence], loss_type: str, max_new_tokens: int, count: Callable[[dict], dict]
+) -> None:
+    """Set row.token_weights for one optimiser step. `count` adds up a dict of numbers over all ranks.
+
+    Rows in their own context and rows without it are two terms of the loss, each with its own denominator.
+    """
+    for on_policy in (True, False):
+        mine = [row for row in rows if row.on_policy == on_policy]
+        lengths = torch.tensor([len(row.targets) for row in mine], dtype=torch.long)  # [S]
+        total = count(dict(num_sequences=len(mine), num_tokens=int(lengths.sum())))
+        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens)  # [N]
+        for row, part in zip(mine, weights.split(lengths.tolist()), strict=True):
+            row.token_weights = row.weight * part
+
+
+def loss_inputs(rows: Sequence[TrainingSequence], device, is_options: dict | None = None) -> tuple[list, Tensor]:
+    """What `policy_loss` takes after the statistics, and the log-probs as sampled [N], for the rows' targets in order.
+
+    The first are [old_logp, advantages, weights] and, with is_options (cap, level), the importance weight; each [N].
+    old_logp is None where the rows have none.
+    """
+    lengths = torch.tensor([len(row.targets) for row in rows], device=device)  # [S]
+    sampled = torch.tensor([x for row in rows for x in row.sampled_logps], device=device)  # [N]
+    old_logp = None if rows[0].old_logps is None else torch.cat([row.old_logps for row in rows])  # [N]
+    advantages = torch.tensor([x for row in rows for x in row.advantages], device=device)  # [N]
+    inputs = [old_logp, advantages, torch.cat([row.token_weights for row in rows]).to(device)]
+    if is_options is not None:
+        inputs.append(importance_weight(old_logp, sampled, lengths=lengths, **is_options))
+    return inputs, sampled
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import heapq
 import inspect
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -66,11 +67,6 @@ class SamplingParams:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
 
-    @property
-    def distribution(self) -> tuple:
-        """What decides the probabilities: rows that agree here are drawn together."""
-        return self.temperature, self.top_p, self.top_k, self.min_p
-
 
 class Completion(NamedTuple):
     """What one row sampled. `ids` keep the stop token; `logps[t]` is the log-prob of ids[t] in the distribution that it
@@ -90,7 +86,7 @@ class Stats:
     generated_tokens: int = 0  # sampled tokens, the last one of each row included (it is computed only if needed)
     decode_steps: int = 0  # times that a token was drawn for every running row
     forwards: int = 0
-    preemptions: int = 0  # rows put back because the memory budget was full
+    evictions: int = 0  # rows whose keys and values were given up because the memory budget was full
     seconds: float = 0.0  # inside `run` and `sample`, the programs' own time included
 
 
@@ -110,28 +106,20 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        stop_ids: Iterable[int],
-        pad_id: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
-        max_rows: int = 256,
-        memory_gb: float | None = None,
-        max_forward_tokens: int = 8192,
-        share_from: int = 33,
-    ):
+        self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
+        decode: Callable[[list[int]], str] | None = None, max_rows: int = 256, memory_gb: float | None = None,
+        max_forward_tokens: int = 4096, share_from: int = 33,
+    ):  # fmt: skip
         for name, value in [("max_rows", max_rows), ("max_forward_tokens", max_forward_tokens)]:
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.stop_ids, self.decode, self.max_rows = frozenset(stop_ids), decode, max_rows
-        self.max_forward_tokens, self.share_from = max_forward_tokens, share_from
-        self.stats = Stats()
+        self.max_forward_tokens, self.share_from, self.stats = max_forward_tokens, share_from, Stats()
         self._twin = _make_twin(model)
-        self._head = self._twin.get_output_embeddings()
-        if self._head is None:
-            raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
-        self._softcap = getattr(self._twin.config, "final_logit_softcapping", None) or 0.0
-        self._max_positions = getattr(self._twin.config, "max_position_embeddings", None)
+        self._head, config = self._twin.get_output_embeddings(), self._twin.config
+        self._vocab = self._head.weight.shape[0]
+        self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        self._max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self._arena = _Arena(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._next_row = 0
@@ -152,7 +140,7 @@ class Sampler:
         """Append given tokens to rows, in place; returns the same rows."""
         for row, more in zip(rows, ids, strict=True):
             self._check_ids(more)
-            self._idle(row).ids.extend(more)
+            self._leaf(row).ids.extend(more)
         self._forward = None
         return list(rows)
 
@@ -163,12 +151,12 @@ class Sampler:
         """
         if n < 1:
             raise ValueError(f"fork into n={n}: must be at least 1")
-        return [self._add(self._idle(row).branch()) for row in rows for _ in range(n)]
+        return [self._add(self._leaf(row).branch()) for row in rows for _ in range(n)]
 
     def rewind(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Cut rows back to their first `length` tokens. The last kept token is computed again at the next step."""
         for row, length in zip(rows, lengths, strict=True):
-            leaf = self._idle(row)
+            leaf = self._leaf(row)
             if not 1 <= length <= leaf.length:
                 raise ValueError(f"rewind row {row} to length {length}: it has {leaf.length} tokens, keep 1 or more")
             if length < leaf.length:
@@ -180,12 +168,12 @@ class Sampler:
     def release(self, rows: Iterable[int]) -> None:
         """Forget rows; memory is freed once no fork needs it."""
         for row in rows:
-            self._drop(self._idle(row))
+            self._drop(self._leaf(row))
             del self._rows[row]
 
     def length(self, row: int) -> int:
         """Tokens of a row so far, given and sampled."""
-        return self._leaf(row).length
+        return self._leaf(row, busy=True).length
 
     @property
     def cache_bytes(self) -> int:
@@ -216,37 +204,35 @@ class Sampler:
         began, first_row = time.perf_counter(), self._next_row
         jobs = [_Job(program) for program in programs]
         waiting: deque[_Draft] = deque()
-        active: list[_Draft] = []
-        leaves: list[_Segment] = []  # of `active`; the same list object for as long as the same rows run
+        active = _Batch([])
         room = self.max_rows
         try:
             for job in jobs:
                 waiting.extend(self._resume(job, None))
-            while waiting or active:
-                while waiting and len(active) < room:
-                    active.append(waiting.popleft())
-                if len(leaves) != len(active):
-                    leaves = [draft.leaf for draft in active]
+            while waiting or active.drafts:
+                if waiting and len(active.drafts) < room:
+                    joining = [waiting.popleft() for _ in range(min(room - len(active.drafts), len(waiting)))]
+                    active = _Batch(active.drafts + joining)
                 try:
-                    hidden = self._compute(leaves)  # [R, E]
+                    hidden = self._compute(active.leaves)  # [R, E]
                 except _NoRoom as error:
-                    if len(active) == 1:
-                        raise ValueError(error.text) from None
-                    waiting.appendleft(self._evict(active.pop()))
-                    room = len(active)  # no new rows until one has finished
+                    if not self._evict_one(active.leaves):
+                        if len(active.drafts) == 1:
+                            raise ValueError(str(error)) from None
+                        waiting.appendleft(active.drafts[-1])
+                        active = _Batch(active.drafts[:-1])
+                        room = len(active.drafts)  # no new rows until one has finished
                     continue
-                self._draw(hidden, active)
-                done = [draft for draft in active if draft.finish_reason]
+                done = self._draw(hidden, active)
                 if done:
-                    room, leaves = self.max_rows, []
-                    active = [draft for draft in active if not draft.finish_reason]
+                    room, active = self.max_rows, _Batch([d for d in active.drafts if not d.finish_reason])
                 for job in dict.fromkeys(draft.job for draft in done):
                     if all(draft.finish_reason for draft in job.drafts):
                         waiting.extend(self._resume(job, [draft.completion() for draft in job.drafts]))
         except BaseException:
+            for draft in [draft for job in jobs for draft in job.drafts]:
+                draft.leaf.busy = False
             for job in jobs:
-                for draft in job.drafts:
-                    draft.leaf.busy = False
                 job.program.close()
             self.release([row for row in self._rows if row >= first_row])
             raise
@@ -256,45 +242,49 @@ class Sampler:
 
     def _resume(self, job: _Job, completions: list[Completion] | None) -> list[_Draft]:
         """Hand a program its completions; returns the drafts of its next request (none when it has returned)."""
-        try:
-            while True:
+        job.drafts = []
+        while not job.drafts:  # a request for no rows is complete at once
+            try:
                 rows, params, seeds = job.program.send(completions)
-                if len(rows) != len(seeds):
-                    raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
-                job.drafts = [_Draft(job, self._leaf(row), params, seed) for row, seed in zip(rows, seeds, strict=True)]
-                if job.drafts:
-                    break
-                completions = []
-        except StopIteration as stop:
-            job.result, job.drafts = stop.value, []
-            return []
-        self._check_request(job.drafts, rows, params)
+            except StopIteration as stop:
+                job.result = stop.value
+                return []
+            if len(rows) != len(seeds):
+                raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
+            if params.stop and self.decode is None:
+                raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
+            for row, seed in zip(rows, seeds, strict=True):
+                job.drafts.append(_Draft(job, self._leaf(row), params, int(seed)))
+                self._check_length(row, params)
+                job.drafts[-1].leaf.busy = True
+            completions = []
         return job.drafts
 
     @torch.inference_mode()
-    def _draw(self, hidden: Tensor, active: list[_Draft]) -> None:
-        """Draw the next token of every active row from its last hidden state [R, E]; mark the rows that end."""
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for i, draft in enumerate(active):
-            groups[draft.params.distribution].append(i)
-        for distribution, members in groups.items():
-            drafts = [active[i] for i in members]
-            mine = hidden if len(groups) == 1 else hidden[members]
-            seeds, counts = [draft.seed for draft in drafts], [len(draft.ids) for draft in drafts]
-            tokens, logps = draw_tokens(self._head(mine), uniforms(seeds, counts), *distribution, self._softcap)
-            if not logps.isfinite().all():
+    def _draw(self, hidden: Tensor, active: _Batch) -> list[_Draft]:
+        """Draw the next token of every row from its last hidden state [R, E]; returns the rows that end with it."""
+        done = []
+        for params, members in active.groups:
+            drafts = [active.drafts[i] for i in members]
+            states = hidden if len(active.groups) == 1 else hidden[members]
+            drawn = draw_tokens(self._head(states), _next_uniforms(drafts), params, self._softcap)
+            tokens, logps = (values.tolist() for values in drawn)
+            if not math.isfinite(sum(logps)):
                 raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
-            for draft, token, logp in zip(drafts, tokens.tolist(), logps.tolist(), strict=True):
+            for draft, token, logp in zip(drafts, tokens, logps, strict=True):
                 draft.ids.append(token)
                 draft.logps.append(logp)
                 draft.leaf.ids.append(token)
-                draft.leaf.drawn += 1
+                draft.leaf.drawn = 1
                 if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
                     draft.finish_reason = "stop"
                 elif len(draft.ids) == draft.params.max_new_tokens:
                     draft.finish_reason = "length"
+                if draft.finish_reason:
+                    done.append(draft)
         self.stats.decode_steps += 1
-        self.stats.generated_tokens += len(active)
+        self.stats.generated_tokens += len(active.drafts)
+        return done
 
     def _ends_with_text(self, draft: _Draft) -> bool:
         # A new match ends at the last token, and no token is shorter than a byte; the 4 spare tokens are for decoders
@@ -334,7 +324,7 @@ class Sampler:
                     self._drop(parent)
             if leaf.parent and leaf.ids and not (leaf.cached or leaf.shared) and leaf.visible < self.share_from:
                 copies.append((leaf.parent, leaf, leaf.visible))
-        self._arena.reserve([leaf for _, leaf, _ in copies], [len(leaf.ids) + visible for _, leaf, visible in copies])
+        self._arena.reserve([(leaf, len(leaf.ids) + visible) for _, leaf, visible in copies])
         self._arena.copy(copies)
         for parent, leaf, visible in copies:
             leaf.ids[:0], leaf.base, leaf.cached = parent.ids[:visible], parent.base, visible
@@ -346,39 +336,30 @@ class Sampler:
     def _compute_pending(self, segments: list[_Segment], stops: list[int]) -> Tensor:
         """Forward ids[cached:stop] of every segment; returns the last hidden state of each, [R, E]."""
         todo = [(segment, stop) for segment, stop in zip(segments, stops, strict=True) if segment.cached < stop]
-        self._arena.reserve(*zip(*todo, strict=True)) if todo else None
-        for batch in self._batches(todo):
+        self._arena.reserve(todo)
+        complete = len(todo) == len(segments)
+        while todo:
+            batch, room = [], self.max_forward_tokens  # a long segment is computed in several forwards
+            for segment, stop in todo:
+                if room:
+                    batch.append((segment, min(stop, segment.cached + room)))
+                    room -= batch[-1][1] - segment.cached
             self._forward = _Forward(batch, self._arena, segments)
             last = self._run_forward(self._forward)  # [len(batch), E]
-            for i, (segment, _) in enumerate(batch):
-                segment.hidden = (last, i)
-        states, indices = zip(*(segment.hidden for segment in segments), strict=True)
-        if all(state is states[0] for state in states):
-            return states[0] if indices == tuple(range(len(states[0]))) else states[0][list(indices)]
-        return torch.stack([state[i] for state, i in zip(states, indices, strict=True)])
-
-    def _batches(self, todo: list[tuple[_Segment, int]]) -> Iterable[list[tuple[_Segment, int]]]:
-        """Cut the work into forwards of at most `max_forward_tokens`; a long segment is computed in several."""
-        batch, tokens = [], 0
-        for segment, stop in todo:
-            begin = segment.cached
-            while begin < stop:
-                if tokens == self.max_forward_tokens:
-                    yield batch
-                    batch, tokens = [], 0
-                end = min(stop, begin + self.max_forward_tokens - tokens)
-                batch.append((segment, end))
-                tokens += end - begin
-                begin = end
-        if batch:
-            yield batch
+            for (segment, _), state in zip(batch, last.unbind(), strict=True):
+                segment.hidden = state
+            todo = [(segment, stop) for segment, stop in todo if segment.cached < stop]
+            complete = complete and len(batch) == len(segments) and not todo
+        return last if complete else torch.stack([segment.hidden for segment in segments])
 
     def _run_forward(self, forward: _Forward) -> Tensor:
-        decoder, stats = self._twin.base_model, self.stats
-        hidden = decoder(
-            input_ids=forward.input_ids, position_ids=forward.positions, use_cache=False, tree=forward
-        ).last_hidden_state[0]  # [N, E]
-        drawn = forward.commit()
+        if self._blocks:
+            hidden = self._blocks.forward(forward)  # [N, E]
+        else:
+            ids, positions = forward.input_ids[None], forward.positions[None]  # [1, N]
+            out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=forward)
+            hidden = out.last_hidden_state[0]  # [N, E]
+        drawn, stats = forward.commit(), self.stats
         stats.forwards += 1
         stats.decode_tokens += drawn
         stats.prefill_tokens += len(hidden) - drawn
@@ -386,22 +367,18 @@ class Sampler:
 
     # ------------------------------------------------------------------------------------------------ checks
 
-    def _leaf(self, row: int) -> _Segment:
+    def _leaf(self, row: int, busy: bool = False) -> _Segment:
         leaf = self._rows.get(row)
         if leaf is None:
             raise ValueError(f"row {row!r} does not exist: it was never made by prefill or fork, or it was released")
-        return leaf
-
-    def _idle(self, row: int) -> _Segment:
-        leaf = self._leaf(row)
-        if leaf.busy:
-            raise ValueError(f"row {row} is being sampled: extend, fork, rewind or release it when that is complete")
+        if leaf.busy and not busy:
+            raise ValueError(f"row {row} is being sampled: wait until its request is complete, or fork it beforehand")
         return leaf
 
     def _add(self, segment: _Segment) -> int:
-        self._next_row += 1
-        self._rows[self._next_row] = segment
-        return self._next_row
+        row, self._next_row = self._next_row, self._next_row + 1
+        self._rows[row] = segment
+        return row
 
     def _drop(self, segment: _Segment) -> None:
         """One user less; memory of segments that nobody uses any more is freed, towards the root."""
@@ -414,80 +391,86 @@ class Sampler:
             self._arena.free(current)
             current = current.parent
 
-    def _evict(self, draft: _Draft) -> _Draft:
-        """Free what a waiting row holds; its tokens are known and will be computed again."""
-        self.stats.preemptions += 1
-        self._forward = None
-        leaf = draft.leaf
-        if leaf.users == 1:
-            self._arena.free(leaf)
-            leaf.cached, leaf.hidden = 0, None
-        return draft
+    def _evict_one(self, running: list[_Segment]) -> bool:
+        """Free what one row holds that is not running; its tokens are known and are computed again when needed."""
+        busy = set(map(id, running))
+        for leaf in self._rows.values():
+            if leaf.slab and leaf.users == 1 and id(leaf) not in busy:
+                self._arena.free(leaf)
+                leaf.cached, leaf.hidden, self._forward = 0, None, None
+                self.stats.evictions += 1
+                return True
+        return False
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        vocab = self._head.weight.shape[0]
-        if len(ids) and not (min(ids) >= 0 and max(ids) < vocab):
-            bad = next(i for i in ids if not 0 <= i < vocab)
-            raise ValueError(f"token id {bad}: the model's vocabulary has ids 0 to {vocab - 1}")
+        if len(ids) and not (min(ids) >= 0 and max(ids) < self._vocab):
+            bad = next(i for i in ids if not 0 <= i < self._vocab)
+            raise ValueError(f"token id {bad}: the model's vocabulary has ids 0 to {self._vocab - 1}")
 
-    def _check_request(self, drafts: list[_Draft], rows: Sequence[int], params: SamplingParams) -> None:
-        if params.stop and self.decode is None:
-            raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
-        for row, draft in zip(rows, drafts, strict=True):
-            if draft.leaf.busy:
-                raise ValueError(f"row {row} is already being sampled: fork it to sample it twice")
-            draft.leaf.busy = True
-            total = draft.leaf.length + params.max_new_tokens
-            if self._max_positions and total > self._max_positions:
-                raise ValueError(
-                    f"row {row} has {draft.leaf.length} tokens and max_new_tokens is {params.max_new_tokens}, together "
-                    f"{total}: the model has {self._max_positions} positions; shorten the prompt or max_new_tokens"
-                )
+    def _check_length(self, row: int, params: SamplingParams) -> None:
+        length, new = self.length(row), params.max_new_tokens
+        if length + new > self._max_positions:
+            raise ValueError(
+                f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
+                f"{self._max_positions} positions; shorten the prompt or max_new_tokens"
+            )
 
     @torch.inference_mode()
     def _check_model(self) -> None:
-        """Refuse a model whose own forward disagrees with ours, on a prompt that is prefilled, forked and extended."""
-        twin = self._twin
-        ids = [i % self._head.weight.shape[0] for i in range(11)]
+        """Compare with the model's own logits, after a prompt that is prefilled, forked, shared and extended."""
+        twin, share_from = self._twin, self.share_from
+        ids = [i % self._vocab for i in range(11)]
         theirs = twin(input_ids=torch.tensor([ids], device=twin.device), use_cache=False).logits[0, -1].float()  # [V]
+        largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
-        share_from, self.share_from = self.share_from, 0
-        rows = self.prefill([ids[:6]])
-        kids = self.fork(rows, 2)
-        self.extend(kids, [ids[6:]] * 2)
-        hidden = self._compute([self._rows[kid] for kid in kids])
-        ours = scaled_logits(self._head(hidden), softcap=self._softcap)[0]  # [V]
-        self.release(rows + kids)
-        self.share_from, self.stats = share_from, Stats()
-        gap, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-        if not gap <= scale * (1e-3 if theirs.dtype == twin.dtype else 0.1) + 1e-6:
+        self.share_from = 0
+        for self._blocks in [_LlamaBlocks.of(twin), None]:  # ours if it agrees, or else the model's own forward
+            rows = self.prefill([ids[:6]])
+            rows += self.fork(rows, 2)
+            self.extend(rows[1:], [ids[6:]] * 2)
+            logits = self._head(self._compute([self._rows[row] for row in rows[1:]]))
+            gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
+            self.release(rows)
+            if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
+                break
+        else:
             raise ValueError(
-                f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {scale:.3g}); "
+                f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
                 "the sampler supports full attention with rotary or learnt positions, and finite weights"
             )
+        self.share_from, self.stats = share_from, Stats()
 
 
 # ---------------------------------------------------------------------------------------------------- distribution
 
 
-def draw_tokens(
-    logits: Tensor, u: Tensor, temperature: float, top_p: float, top_k: int, min_p: float, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def draw_tokens(logits: Tensor, u: Tensor, params: SamplingParams, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
 
-    The log-prob is that of the distribution drawn from; greedy (temperature 0) reports the one of temperature 1.
+    The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
+    0 is never drawn. The log-prob is that of the distribution drawn from; greedy reports the one of temperature 1.
 
-    >>> logits = torch.tensor([[0.0, 1.0, -1.0]]).log_softmax(-1)
-    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]), 1.0, 1.0, 0, 0.0)
-    >>> ids.tolist(), [round(x, 4) for x in logps.tolist()]      # probabilities 0.2447, 0.6652, 0.0900
-    ([1], [-0.4076])
+    >>> logits = torch.tensor([[0.2, 0.7, 0.1]]).log()
+    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]), SamplingParams(temperature=1.0))
+    >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
+    ([1], [0.7])
     """
-    scores = scaled_logits(logits, temperature or 1.0, softcap)  # [R, V]
-    if temperature > 0 and (top_k or top_p < 1 or min_p):
-        scores = truncate(scores, top_p, top_k, min_p)
-    probs = scores.softmax(-1)
-    tokens = _inverse_cdf(probs, u.to(probs.device)) if temperature > 0 else scores.argmax(-1)
-    return tokens, probs.gather(-1, tokens[:, None]).squeeze(-1).log()  # [R], [R]
+    vocab, temperature, tokens, logps = logits.shape[-1], params.temperature, [], []
+    rows = max(1, 2**18 // vocab)  # a few at a time: the fp64 sums of all rows would not stay in a CPU's cache
+    for some, uniform in zip(logits.split(rows), u.to(logits.device).split(rows), strict=True):
+        scores = scaled_logits(some, temperature or 1.0, softcap)  # [r, V]
+        if temperature and (params.top_k or params.top_p < 1 or params.min_p):
+            scores = truncate(scores, params.top_p, params.top_k, params.min_p)
+        probs = scores.softmax(-1)
+        if temperature:
+            running = probs.cumsum(-1, dtype=torch.float64)
+            token = torch.searchsorted(running, uniform[:, None] * running[:, -1:], right=True)
+            token.clamp_(max=vocab - 1)  # only for a row of nan, which the caller refuses
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        tokens.append(token.squeeze(-1))
+        logps.append(probs.gather(-1, token).squeeze(-1).log())
+    return torch.cat(tokens), torch.cat(logps)  # [R], [R]
 
 
 def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
@@ -515,38 +498,30 @@ def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 
     return scores
 
 
-def _inverse_cdf(probs: Tensor, u: Tensor, block: int = 64) -> Tensor:
-    """The token at which the running sum of probs fp32 [R, V] passes u fp64 [R]. int64 [R].
+def uniforms(seeds: Sequence[int], first: Sequence[int], count: int) -> Tensor:
+    """Uniform numbers in (0, 1), fp64 [R, count]: number first[i] + j of the stream of seeds[i].
 
-    In two levels, first the block of 64 tokens and then the token, both summed in fp64: a running sum over the whole
-    vocabulary in fp64 costs more than a small model's forward. A token of probability 0 is never drawn.
+    splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
+    on what else is in the batch. Any int is a seed, modulo 2^64.
+
+    >>> uniforms([0, 1], [0, 0], 2)
+    tensor([[0.8833, 0.4315],
+            [0.7497, 0.3724]], dtype=torch.float64)
     """
-    vocab, whole = probs.shape[-1], probs.shape[-1] // block * block
-    sums = probs[:, :whole].unflatten(-1, (-1, block)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)
-    edges = torch.cat(sums, -1).double().cumsum(-1)  # [R, V / 64 + 1]
-    target = u[:, None] * edges[:, -1:]  # [R, 1]
-    at = torch.searchsorted(edges, target, right=True).clamp(max=whole // block)  # [R, 1]; the clamp is for nan
-    index = at * block + torch.arange(block, device=probs.device)  # [R, 64]
-    inside = probs.gather(-1, index.clamp(max=vocab - 1)).double().masked_fill(index >= vocab, 0.0)
-    running = inside.cumsum(-1)
-    # fp32 block sums and fp64 sums of the same tokens differ by rounding: stay inside the block
-    rest = (target - edges.gather(-1, at) + running[:, -1:]).clamp(min=0)
-    rest = torch.minimum(rest, running[:, -1:] * (1 - 2.0**-50))
-    return (at * block + torch.searchsorted(running, rest, right=True)).clamp(max=vocab - 1)[:, 0]
+    wrapped = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds])[:, None]
+    counters = torch.tensor(first)[:, None] + torch.arange(1, count + 1)  # [R, count]
+    bits = (_mix(_mix(wrapped) + counters * _GOLDEN) >> 16) & (2**48 - 1)
+    return (bits.double() + 0.5) * 2.0**-48
 
 
-def uniforms(seeds: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The uniform number of (seed, count), in (0, 1), fp64: splitmix64, a counter-based generator (Steele et al. 2014).
-
-    Stateless, so the t-th number of a row does not depend on what else is in the batch. Any int is a seed, mod 2^64.
-
-    >>> uniforms([0, 0, 1], [0, 1, 0])
-    tensor([0.8149, 0.1667, 0.4048], dtype=torch.float64)
-    """
-    wrapped = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]
-    state = _mix(torch.tensor(wrapped, dtype=torch.int64)) + (torch.tensor(counts, dtype=torch.int64) + 1) * _GOLDEN
-    bits = (_mix(state) >> 16) & (2**48 - 1)
-    return (bits.double() + 0.5) * 2.0**-48  # [R]
+def _next_uniforms(drafts: list[_Draft], block: int = 32) -> Tensor:
+    """The next number of every draft, fp64 [R]; they are made 32 at a time."""
+    used_up = [draft for draft in drafts if len(draft.ids) == len(draft.uniforms)]
+    if used_up:
+        fresh = uniforms([draft.seed for draft in used_up], [len(draft.ids) for draft in used_up], block)
+        for draft, numbers in zip(used_up, fresh.tolist(), strict=True):
+            draft.uniforms += numbers
+    return torch.tensor([draft.uniforms[len(draft.ids)] for draft in drafts], dtype=torch.float64)
 
 
 _GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -574,8 +549,8 @@ class _Segment:
     cached: int = 0  # tokens of ids with keys and values
     shared: int = 0  # tokens of ids that forks may see, which are therefore never overwritten
     users: int = 1  # the row itself and the segments below
-    drawn: int = 0  # sampled tokens at the end of ids that are not computed yet
-    hidden: tuple[Tensor, int] | None = None  # hidden state of token `cached - 1` (of the parent's last one if empty)
+    drawn: int = 0  # 1 if the first token that is not cached was sampled here
+    hidden: Tensor | None = None  # last hidden state [E] of token cached - 1 (if ids is empty: of the parent's last)
     slab: _Slab | None = None
     slot: int = 0
     busy: bool = False  # in a running batch
@@ -583,10 +558,6 @@ class _Segment:
     @property
     def length(self) -> int:
         return self.base + len(self.ids)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.slab.number, self.slot
 
     def branch(self) -> _Segment:
         """An empty segment below this one, at its end."""
@@ -642,6 +613,19 @@ class _Job:
     result: Any = None
 
 
+class _Batch:
+    """The rows that run together; a new one is made whenever a row joins or leaves."""
+
+    def __init__(self, drafts: list[_Draft]):
+        self.drafts = drafts
+        self.leaves = [draft.leaf for draft in drafts]
+        groups: dict[tuple, list[int]] = defaultdict(list)  # rows that are drawn from alike
+        for i, draft in enumerate(drafts):
+            params = draft.params
+            groups[params.temperature, params.top_p, params.top_k, params.min_p].append(i)
+        self.groups = [(drafts[members[0]].params, members) for members in groups.values()]
+
+
 @dataclass(eq=False)
 class _Draft:
     """A row that is being sampled."""
@@ -652,6 +636,7 @@ class _Draft:
     seed: int
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    uniforms: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
     def completion(self) -> Completion:
@@ -678,7 +663,7 @@ class _Forward:
         own: dict[tuple, list] = defaultdict(list)
         above: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
         # in the order of memory, so that attention reads the cache without gathering it
-        for i in sorted(range(len(batch)), key=lambda i: batch[i][0].place):
+        for i in sorted(range(len(batch)), key=lambda i: (batch[i][0].slab.number, batch[i][0].slot)):
             segment, stop = batch[i]
             start, count = segment.cached, stop - segment.cached
             queries = range(len(tokens), len(tokens) + count)
@@ -698,7 +683,8 @@ class _Forward:
         size = len(tokens)
         self.own = [_Piece(slab, entries, arena, size, True, fresh) for (slab, _, fresh), entries in own.items()]
         self.shared = [_Piece(slab, entries, arena, size) for (_, slab, _), entries in shared.items()]
-        self.input_ids, self.positions = self._tensor([tokens]), self._tensor([positions])  # [1, N]
+        self.input_ids, self.positions = self._tensor(tokens), self._tensor(positions)  # [N]
+        self.reach = max(positions) + 1
         self.order, self.last = last, _index(last, size, arena.device)  # [R]
         one_each = size == len(batch) and [segment for segment, _ in batch] == leaves
         self.leaves = leaves if one_each else None
@@ -716,8 +702,9 @@ class _Forward:
         tokens = [0] * len(leaves)
         for leaf, i in zip(leaves, self.order, strict=True):
             tokens[i] = leaf.ids[-1]
-        self.input_ids = self._tensor([tokens])
-        self.positions = self.positions + 1
+        self.input_ids = self._tensor(tokens)
+        self.positions += 1
+        self.reach += 1
         for piece in self.own:
             piece.advance()
         return True
@@ -726,16 +713,13 @@ class _Forward:
         """Note that the tokens are cached; returns how many of them had been sampled."""
         drawn = 0
         for segment, stop in self.batch:
-            if segment.drawn:
-                mine = max(0, segment.drawn - (len(segment.ids) - stop))
-                segment.drawn -= mine
-                drawn += mine
-            segment.cached, segment.hidden = stop, None
+            drawn += segment.drawn
+            segment.cached, segment.drawn, segment.hidden = stop, 0, None
         return drawn
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store key, value [J, N, D] and attend with query [H, N, D]; returns [N, H, D]."""
-        query, merge = query.transpose(0, 1), bool(self.shared)  # [N, H, D]
+        """Store key, value [N, J, D] and attend with query [N, H, D]; returns [N, H, D]."""
+        merge = bool(self.shared)
         for piece in self.own:
             piece.store(layer, key, value)
         if len(self.own) == 1 and not merge:
@@ -766,7 +750,11 @@ class _Piece:
         entries.sort(key=lambda entry: entry[0])
         slots = [slot for slot, _, _ in entries]
         dense = slots[-1] + 1 - slots[0] <= 2 * len(slots)
-        self.where = slice(slots[0], slots[-1] + 1) if dense else torch.tensor(slots, device=arena.device)
+        heads = torch.arange(self.heads, device=arena.device)
+        if dense:
+            self.where = slice(slots[0] * self.heads, (slots[-1] + 1) * self.heads)
+        else:
+            self.where = (torch.tensor(slots, device=arena.device)[:, None] * self.heads + heads).flatten()  # [F * J]
         self.segments = slots[-1] + 1 - slots[0] if dense else len(slots)
         self.queries = max(len(mine) for _, mine, _ in entries)
         take, limits, back, tokens, rows = [0] * (self.segments * self.queries), [], [], [], []
@@ -780,44 +768,47 @@ class _Piece:
             rows += [slot * self.heads * slab.capacity + seen - 1 for seen in sees]
         self.longest = max(limits)
         self.limits = torch.tensor(limits, device=arena.device).view(self.segments, 1, self.queries, 1, 1)
+        self.mask: Tensor | None = None
         self.bias: Tensor | None = None
         self.tokens = _index(tokens, size, arena.device)
         self.take = _index(take, size, arena.device)  # tokens -> padded queries
         self.back = _index(back, len(take), arena.device)  # padded queries -> tokens
         if own:  # where the keys of `tokens` go, in the slab seen as [slots * J * capacity, D]
-            heads = torch.arange(self.heads, device=arena.device)[:, None] * slab.capacity
-            self.rows = (heads + torch.tensor(rows, device=arena.device)).flatten()  # [J * n]
+            self.rows = (torch.tensor(rows, device=arena.device)[:, None] + heads * slab.capacity).flatten()  # [n * J]
 
     def advance(self) -> None:
         self.limits += 1
         self.rows += 1
         self.longest += 1
-        self.bias = None
+        self.mask = self.bias = None
 
     def store(self, layer: int, *new: Tensor) -> None:
-        """Write keys and values [J, N, D] of this piece's tokens."""
-        for cache, states in zip(self.slab.layer(layer), new, strict=True):
-            size = cache.shape[-1]
-            cache.view(-1, size).index_copy_(0, self.rows, states[:, self.tokens].reshape(-1, size))
+        """Write keys and values [N, J, D] of this piece's tokens."""
+        for cache, states in zip(self.slab.tokens[layer], new, strict=True):
+            cache.index_copy_(0, self.rows, states[self.tokens].reshape(-1, cache.shape[-1]))
 
     def attend(self, layer: int, query: Tensor, scale: float, merge: bool) -> tuple[Tensor, Tensor | None]:
         """query [N, H, D] -> output [n, H, D] and, to merge, log-sum-exp fp32 [n, H, 1] of this piece's n tokens."""
-        heads, size, segments, queries = self.heads, query.shape[-1], self.segments, self.queries
-        keys, values = (cache[:, :, : self.longest][self.where] for cache in self.slab.layer(layer))  # [F, J, L, D]
-        query = query[self.take].view(segments, queries, -1, size)  # [F, M, H, D]
-        if self.fresh:  # prompts at their beginning: plain causal attention, which holds no [M, L] scores
+        size, segments, queries, heads = query.shape[-1], self.segments, self.queries, self.heads
+        keys, values = (cache[:, : self.longest][self.where] for cache in self.slab.heads[layer])  # [F * J, L, D]
+        query = query[self.take]  # [F * M, H, D]
+        group = query.shape[1] // heads
+        if self.mask is None:
+            self.mask = torch.arange(self.longest, device=query.device) < self.limits  # [F, 1, M, 1, L]
+        if queries > 1 and not merge:  # prefill: never holds scores of [M, L]
+            query = query.view(segments, queries, -1, size).transpose(1, 2)  # [F, H, M, D]
+            keys, values = (states.unflatten(0, (segments, heads)) for states in (keys, values))  # [F, J, L, D]
+            mask = None if self.fresh else self.mask.squeeze(3)
             out = F.scaled_dot_product_attention(
-                query.transpose(1, 2), keys, values, is_causal=True, scale=scale, enable_gqa=query.shape[2] != heads
+                query, keys, values, attn_mask=mask, is_causal=self.fresh, scale=scale, enable_gqa=group > 1
             )
             return out.transpose(1, 2).reshape(segments * queries, -1, size)[self.back], None
-        group = query.shape[2] // heads
-        packed = query.view(segments, queries, heads, group, size).transpose(1, 2)  # [F, J, M, G, D]
-        packed = packed.reshape(segments * heads, queries * group, size)
         if self.bias is None:
-            sees = torch.arange(self.longest, device=query.device) < self.limits  # [F, 1, M, 1, L]
-            bias = torch.zeros(sees.shape, dtype=query.dtype, device=query.device).masked_fill_(~sees, -torch.inf)
-            self.bias = bias.expand(-1, heads, -1, group, -1).reshape(segments * heads, queries * group, -1)
-        keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [F * J, L, D]
+            bias = torch.zeros(self.mask.shape, dtype=query.dtype, device=query.device)
+            bias = bias.masked_fill_(~self.mask, -torch.inf).expand(-1, heads, -1, group, -1)
+            self.bias = bias.reshape(segments * heads, queries * group, -1)  # [F * J, M * G, L]
+        packed = query.reshape(segments, queries, heads, group, size).transpose(1, 2)  # [F, J, M, G, D]
+        packed = packed.reshape(segments * heads, queries * group, size)
         scores = torch.baddbmm(self.bias, packed, keys.transpose(1, 2), alpha=scale).float()  # [F * J, M * G, L]
         mass = scores.logsumexp(-1, keepdim=True) if merge else None
         probs = torch.exp(scores - mass) if merge else scores.softmax(-1)
@@ -847,19 +838,85 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
     if unknown:
         found = ", ".join(unknown)
         raise ValueError(f"{type(module).__name__} uses {found}: the sampler supports plain full attention")
-    return tree.attend(module.layer_idx, query[0], key[0], value[0], scaling).unsqueeze(0), None  # [1, N, H, D]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+    return tree.attend(module.layer_idx, query, key, value, scaling).unsqueeze(0), None  # [1, N, H, D]
 
 
 AttentionInterface.register(ATTENTION, _tree_attention)
+
+
+class _LlamaBlocks:
+    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
+    small model is the module tree around its matrix products. Used where the parts are there under their usual names
+    and the logits agree with the model's own (Sampler._check_model); everything else takes transformers' forward.
+    """
+
+    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
+
+    def __init__(self, decoder: torch.nn.Module, config: Any):
+        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
+        self.layers = []
+        for layer in decoder.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
+                raise AttributeError("a projection is not a plain linear layer")
+            self.layers.append((norms, head_norms, [(m.weight, m.bias) for m in linear], mlp.act_fn, attn.scaling))
+        self.head_size = self.layers[0][2][1][0].shape[0] // config.num_key_value_heads
+        self.eps = decoder.norm.variance_epsilon
+        self.cos = self.sin = None  # [positions, 1, D]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> _LlamaBlocks | None:
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") not in cls.STATIC_ROPE:
+            return None
+        try:
+            return cls(model.base_model, model.config)
+        except AttributeError:
+            return None
+
+    def forward(self, tree: _Forward) -> Tensor:
+        """Hidden states after the last norm, [N, E]."""
+        x = self.embed(tree.input_ids)  # [N, E]
+        cos, sin = self._angles(tree, x)  # [N, 1, D]
+        for i, (norms, head_norms, linear, act, scale) in enumerate(self.layers):
+            q, k, v, o, gate, up, down = linear
+            h = self._rms(norms[0], x)
+            query, key, value = (F.linear(h, *w).view(len(x), -1, self.head_size) for w in (q, k, v))
+            query, key = (
+                self._rotate(self._rms(norm, y) if norm is not None else y, cos, sin)
+                for norm, y in zip(head_norms, (query, key), strict=True)
+            )
+            x = x + F.linear(tree.attend(i, query, key, value, scale).flatten(1), *o)
+            h = self._rms(norms[1], x)
+            x = x + F.linear(act(F.linear(h, *gate)).mul_(F.linear(h, *up)), *down)
+        return self._rms(self.norm, x)
+
+    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+
+    def _angles(self, tree: _Forward, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cos is None or len(self.cos) < tree.reach:
+            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
+            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
+            half = sin.shape[-1] // 2
+            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
+
+    @staticmethod
+    def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`."""
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
 
 
 class _NoRoom(Exception):
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.text = text
+    """The memory budget is full."""
 
 
 @dataclass(eq=False)
@@ -871,9 +928,10 @@ class _Slab:
     kv: Tensor  # [layers, 2, slots, J, capacity, D]
     free: list[int]
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slots, J, capacity, D]"""
-        return self.kv[layer].unbind(0)
+    def __post_init__(self):
+        # per layer, (keys, values) as [slots * J, capacity, D] and as [slots * J * capacity, D]
+        self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]
+        self.tokens = [layer.flatten(1, 3).unbind(0) for layer in self.kv]
 
 
 class _Arena:
@@ -893,10 +951,10 @@ class _Arena:
         self.slabs: dict[int, list[_Slab]] = defaultdict(list)
         self.made = 0
 
-    def reserve(self, segments: list[_Segment], lengths: list[int]) -> None:
+    def reserve(self, wishes: list[tuple[_Segment, int]]) -> None:
         """Give every segment a slot for `length` tokens; what it has cached moves along. All or none (_NoRoom)."""
         wanted: dict[int, list[_Segment]] = defaultdict(list)
-        for segment, length in zip(segments, lengths, strict=True):
+        for segment, length in wishes:
             if segment.slab is None or segment.slab.capacity < length:
                 wanted[_capacity(length)].append(segment)
         self._check_budget(wanted)
@@ -937,7 +995,8 @@ class _Arena:
                 count -= 1
                 yield slab, heapq.heappop(slab.free)
         if count:
-            slots = max(count, sum(slab.kv.shape[2] for slab in self.slabs[capacity]) // 2)  # few slabs, few pieces
+            so_far = sum(slab.kv.shape[2] for slab in self.slabs[capacity])
+            slots = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
             if self.budget is not None and self.bytes + slots * self._slot_bytes(capacity) > self.budget:
                 slots = count
             shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
@@ -984,5 +1043,7 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
         raise ValueError(f"{type(model).__name__} has layers of type {found}: only full_attention is supported")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no position_ids: rows of different lengths cannot be packed")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights}).eval()

@@ -33,6 +33,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from itertools import accumulate, groupby
 from statistics import fmean
 
@@ -96,9 +97,9 @@ class Chat:
 
     def __init__(self, tokenizer, stop_ids: Sequence[int]):
         self.tokenizer, self.stop_ids = tokenizer, list(stop_ids)
-        self.cache: dict[str, list[int]] = {}
+        self.encode, self.following = lru_cache(50_000)(self._encode), lru_cache(1_000)(self._following)
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -117,13 +118,8 @@ class Chat:
         ids = [self.encode(piece) for piece in pieces]
         return ids[0] + [i for piece in ids[1:] for i in (*insert, *piece)]
 
-    def following(self, text: str) -> list[int]:
+    def _following(self, text: str) -> list[int]:
         """What comes between the policy's stop token and its next turn: the end of its turn and the user's text."""
-        if text not in self.cache:
-            self.cache[text] = self._following(text)
-        return self.cache[text]
-
-    def _following(self, text):
         if not self.tokenizer.chat_template:
             return self.encode("\n" + text + "\n") if text else []
         turns = [dict(role="user", content=""), dict(role="assistant", content=SLOT), dict(role="user", content=text)]
@@ -190,20 +186,6 @@ class Group:
         return [o for t in self.trajectories for o in t.outcomes]
 
 
-@dataclass
-class TrainingSequence:
-    """One row of the loss: ids, the positions of the tokens that are trained, and their advantages and log-probs."""
-
-    ids: list[int]
-    targets: list[int]  # ids[t] is predicted from ids[:t], for t in targets
-    advantages: list[float]  # per target
-    sampled_logps: list[float]  # per target, in the context that was sampled from
-    weight: float = 1.0
-    on_policy: bool = True  # the context is the sampled one
-    old_logps: torch.Tensor | None = None  # per target, in this context, before the updates; set where they are needed
-    token_weights: torch.Tensor | None = None  # per target, set by the update
-
-
 def derive_seed(*parts: Hashable) -> int:
     """A 63-bit seed for the random stream of one sequence, from (seed, step, problem, index, ...).
 
@@ -261,10 +243,9 @@ class Explorer:
     def solve_prompt(self, problem: Problem, sketch_ids: Sequence[int]) -> list[int]:
         return self.chat.opening(self.text(self.prompts.solve, problem=problem.text), sketch_ids)
 
-    def rollout(self, problems: Sequence[Problem], plan: Plan, seed: tuple) -> list[Group]:
-        """One Group per problem. `seed`: what to derive each sequence's stream from, with the problem's place in it:
-        problems[i] may be given as (place, problem), so that the result does not depend on how ranks share the work."""
-        placed = [p if isinstance(p[1], Problem) else (i, p) for i, p in enumerate(problems)]
+    def rollout(self, placed: Sequence[tuple[int, Problem]], plan: Plan, seed: tuple) -> list[Group]:
+        """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
+        that the result does not depend on how ranks share the work."""
         self.roots.clear()
         if plan.method == "grpo":
             programs = [self.answer(p, plan, (*seed, i)) for i, p in placed]
@@ -470,7 +451,7 @@ def assign(group: Group, rewards: Sequence[float], advantages: Sequence[float]) 
         trajectory.advantages = [next(advantages) for _ in trajectory.outcomes]
 
 
-def sequences(group: Group, context: str, distill_coef: float = 0.1) -> list[TrainingSequence]:
+def sequences(group: Group, context: str, distill_coef: float = 0.1) -> list[rl.TrainingSequence]:
     """What the loss is computed on, in the context "keep", "drop", "is" or "distill" (deviation 1)."""
     kept = [as_sampled(t) for t in group.trajectories]
     if context == "keep" or all(t.prompt == t.plain and len(t.outcomes) == 1 for t in group.trajectories):
@@ -481,11 +462,11 @@ def sequences(group: Group, context: str, distill_coef: float = 0.1) -> list[Tra
     return plain
 
 
-def as_sampled(trajectory: Trajectory) -> TrainingSequence:
+def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
     """The trajectory in the context that it was sampled from: loss on what the policy wrote, and on nothing else."""
     lengths = trajectory.span_tokens()
     per_span = trajectory.advantages * (len(lengths) // len(trajectory.advantages))  # an episode's counts for all turns
-    return TrainingSequence(
+    return rl.TrainingSequence(
         trajectory.prompt + trajectory.body,
         [len(trajectory.prompt) + t for start, end in trajectory.spans for t in range(start, end)],
         [a for a, n in zip(per_span, lengths, strict=True) for _ in range(n)],
@@ -493,14 +474,14 @@ def as_sampled(trajectory: Trajectory) -> TrainingSequence:
     )
 
 
-def without_context(trajectory: Trajectory) -> Iterator[TrainingSequence]:
+def without_context(trajectory: Trajectory) -> Iterator[rl.TrainingSequence]:
     """The same words under the plain prompt: an episode without its sketch, each guess without its chain."""
     if len(trajectory.outcomes) == 1:
         yield replace(as_sampled(replace(trajectory, prompt=trajectory.plain)), on_policy=False)
         return
     ends = list(accumulate(trajectory.span_tokens()))
     for (start, end), stop, advantage in zip(trajectory.spans, ends, trajectory.advantages, strict=True):
-        yield TrainingSequence(
+        yield rl.TrainingSequence(
             trajectory.plain + trajectory.body[start:end],
             list(range(len(trajectory.plain), len(trajectory.plain) + end - start)),
             [advantage] * (end - start),
@@ -603,3 +584,35 @@ def evaluation_metrics(found: Sequence[Sequence[Outcome]], ks: Sequence[int], ta
         metrics["coverage"] = coverage(flat, targets, ks)
         metrics["found"] = len({o.key for o in flat} & targets)
     return metrics
+
+
+def headline(evaluation: dict) -> float:
+    """The one number by which checkpoints are compared: the better of the two ways of sampling."""
+    return max(max(e["coverage"].values()) if "coverage" in e else e["avg@n"] for e in evaluation.values())
+
+
+def measures(evaluation: dict) -> dict:
+    """An evaluation in brief: coverage (where there are targets), and reward, valid, pass@k of the plain prompt."""
+    iid = evaluation["iid"]
+    return dict(
+        coverage={kind: e["coverage"] for kind, e in evaluation.items() if "coverage" in e},
+        pass_at_k={kind: e["pass@k"] for kind, e in evaluation.items()},
+        reward=iid["reward"],
+        valid=iid["valid"],
+        success=iid["avg@n"],
+    )
+
+
+def sample_record(step: int, group: Group) -> dict:
+    """A group as a person reads it: its sketches, and what was written with which reward."""
+    solutions = [
+        dict(
+            sketch=t.sketch,
+            text=t.texts,
+            reward=t.rewards,
+            advantage=t.advantages,
+            success=[o.success for o in t.outcomes],
+        )
+        for t in group.trajectories
+    ]
+    return dict(step=step, problem=group.problem.text, sketches=group.sketches, solutions=solutions)

@@ -1,6 +1,6 @@
 """Problems, episodes, verifiers and demonstrations. Knows no tensor and no policy.
 
-A task gives problems, plays them and scores what a policy writes. The flow of one episode:
+A task gives problems, plays them and scores what a policy writes. One episode:
 
     task = make_task("countdown", difficulty="easy")
     problem = task.problems("train", seed=0)[7]        # a function of (seed, split, 7) alone
@@ -25,13 +25,18 @@ import json
 import os
 import random
 import re
+import select
+import signal
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, count, islice
 from math import isqrt
+from operator import eq
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -63,7 +68,7 @@ NOTHING = Outcome(0.0, False, None, False)
 
 
 class Problems(Sequence):
-    """`size` problems made on demand; for records an index beyond the end is in the next epoch."""
+    """Problems made on demand; generated tasks and records go on beyond `len`, records with the next epoch."""
 
     def __init__(self, make: Callable[[int], Problem], size: int):
         self.make, self.size = make, size
@@ -72,10 +77,6 @@ class Problems(Sequence):
         return self.size
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self.make(j) for j in range(*i.indices(self.size))]
-        if i < 0:
-            raise IndexError(f"problem {i}: the index must not be negative; count from 0")
         return self.make(i)
 
     def __iter__(self):
@@ -92,8 +93,7 @@ class SingleTurn:
         return self.problem.text
 
     def act(self, text: str) -> bool:
-        if self.result is None:
-            self.result = self.score(self.problem.data, text)
+        self.result = self.result or self.score(self.problem.data, text)
         return True
 
     def outcome(self) -> Outcome:
@@ -101,7 +101,12 @@ class SingleTurn:
 
 
 class Task:
-    """What every task has. One that is answered in a single turn is complete with draw, score, demonstrate and words."""
+    """What every task has. One that is answered in a single turn is complete with `words` and these three:
+
+    draw(rng, keep) -> (text, data) | None    one candidate; keep(canonical) says whether it is of the split being drawn
+    score(data, text) -> Outcome              the verifier
+    demonstrate(problem, rng) -> Demonstration
+    """
 
     name = "task"
     two_stage = True  # False: the sketches are the answers, there is no solution stage
@@ -110,77 +115,63 @@ class Task:
     tiny_tokens = dict(sketch=8, solution=32)  # the same for the tiny policy, its stop token included
     targets: frozenset | None = None  # the keys that Coverage counts, where they are known
     sketch_hint = "a short plan: the approach to take, not the answer"
-    answer_hint = "Write the answer as <answer> ... </answer>."
-    words: list[str] = []
-    num_problems = 2**31
-
-    def draw(self, rng: random.Random, keep: Callable[[Hashable], bool]) -> tuple[str, Any] | None:
-        """One candidate (text, data), or None; keep(canonical): does this problem belong to the split being drawn?"""
-        raise NotImplementedError
-
-    def score(self, data: Any, text: str) -> Outcome:
-        raise NotImplementedError
-
-    def guess(self, problem: Problem, rng: random.Random) -> list[str] | None:
-        """The turns of a random policy, well-formed and blind to the goal; None where there is no natural one."""
-        return None
-
-    def demonstrate(self, problem: Problem, rng: random.Random) -> Demonstration:
-        raise NotImplementedError
+    answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
+    words: list[str] = []  # the closed vocabulary of all its texts; [] for tasks that have none
 
     def problems(self, split: str, seed: int) -> Problems:
         """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone."""
-        check_split(split)
+        if split not in ("train", "validation"):
+            raise ValueError(f"split {split!r}: must be 'train' or 'validation'")
+        return Problems(partial(self.make, split, seed), self.count(split))
 
-        def make(i):
-            rng = random.Random(f"{self.name} {split} {seed} {i}")
-            for _ in range(10_000):
-                if drawn := self.draw(rng, lambda canonical: split_of(canonical) == split):
-                    return Problem(i, *drawn)
-            raise ValueError(f"{self}: 10,000 draws gave no {split} problem; choose easier options")
+    def count(self, split: str) -> int:
+        return 2**31
 
-        return Problems(make, self.num_problems)
+    def make(self, split: str, seed: int, i: int) -> Problem:
+        rng = random.Random(f"{self.name} {split} {seed} {i}")
+        for _ in range(10_000):
+            if drawn := self.draw(rng, lambda canonical: split_of(canonical) == split):
+                return Problem(i, *drawn)
+        raise ValueError(f"{self}: 10,000 draws gave no {split} problem; choose easier options")
 
     def episode(self, problem: Problem):
         return SingleTurn(problem, self.score)
 
+    def guess(self, problem: Problem, rng: random.Random) -> list[str] | None:
+        """The turns of a random policy, well-formed and blind to the goal; None where none is natural."""
+
     def demonstrations(self, rng: random.Random) -> Iterator[Demonstration]:
         """Endless demonstrations on training problems, without those that fail (on slippery ice)."""
-        problems = self.problems("train", rng.getrandbits(32))
-        failed = 0
+        problems, failed = self.problems("train", rng.getrandbits(32)), 0
         for i in count():
             demonstration = self.demonstrate(problems[i], rng)
+            failed += 1
             if not demonstration.turns or play(self, demonstration.problem, demonstration.turns).success:
                 failed = 0
                 yield demonstration
-            elif (failed := failed + 1) > 1000:
+            if failed == 1000:
                 raise ValueError(f"{self}: 1,000 demonstrations in a row failed; choose easier options")
 
     def floor(self) -> float | None:
-        """Success rate of a random policy on 2,000 fixed validation problems, computed once and cached."""
-        if self.guess(self.problems("validation", 0)[0], random.Random(0)) is None:
-            return None
-        return self.measured(
-            "floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(20))
-        )
+        """Success rate of the random policy on 2,000 fixed validation problems, computed once and cached."""
 
     def ceiling(self) -> float | None:
         """Success rate of a solver on the same problems, computed once and cached."""
         return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
 
     def measured(self, what: str, rate: Callable[[Problem, random.Random], float], n: int = 2000) -> float:
-        """The mean of rate(problem, rng) over the first n validation problems of seed 0. It is kept in the user's cache,
-        under a hash of this file and of all options, so it can never be stale."""
-        recipe = f"{type(self).__name__} {sorted(vars(self).items(), key=str)} {what} {n}".encode()
-        digest = hashlib.blake2b(Path(inspect.getfile(type(self))).read_bytes() + recipe, digest_size=12).hexdigest()
-        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa" / f"{what}-{digest}.json"
+        """The mean of rate(problem, rng) over the first n validation problems of seed 0. It is kept in the user's
+        cache, under a hash of the source and of the options, so that it cannot be stale."""
+        recipe = Path(__file__).read_bytes() + inspect.getsource(type(self)).encode() + f"{self} {what} {n}".encode()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa"
+        file = folder / f"{what}-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}.json"
         try:
             return json.loads(file.read_text())
         except (OSError, ValueError):
             problems, rng = self.problems("validation", 0), random.Random(0)
             result = fmean(rate(problems[i], rng) for i in range(min(n, len(problems))))
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(result))
         except OSError:
             pass  # a cache that cannot be written only costs time
@@ -190,19 +181,20 @@ class Task:
 # ------------------------------------------------------------------------------------------------------- shared helpers
 
 
-def check_split(split: str):
-    if split not in ("train", "validation"):
-        raise ValueError(f"split {split!r}: must be 'train' or 'validation'")
-
-
 def share_of(canonical: Hashable) -> float:
     """A hash of a canonical problem as a number in [0, 1), the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(canonical).encode(), digest_size=6).digest()) / 2**48
 
 
 def split_of(canonical: Hashable) -> str:
-    """Half of all problems are for validation: they are endless, and even halves are the cheapest to draw from."""
+    """Half of all generated problems are for validation: they are endless, and even halves are the cheapest to draw."""
     return "validation" if share_of(canonical) < 0.5 else "train"
+
+
+def check_range(task: Task, **limits: tuple[float, float]):
+    for option, (low, high) in limits.items():
+        if not low <= getattr(task, option) <= high:
+            raise ValueError(f"{task.name}: {option} {getattr(task, option)}: must be between {low} and {high}")
 
 
 def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
@@ -219,10 +211,8 @@ def extract_answer(text: str) -> str | None:
     '2'
     """
     end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start < 0 or end - start - len("<answer>") > MAX_ANSWER:
-        return None
-    return text[start + len("<answer>") : end].strip()
+    start = text.rfind("<answer>", 0, max(end, 0)) + len("<answer>")
+    return text[start:end].strip() if start >= len("<answer>") and end - start <= MAX_ANSWER else None
 
 
 # ------------------------------------------------------------------------------------------ synthetic: path exploration
@@ -238,7 +228,7 @@ class Synthetic(Task):
     treasures: int = 20
     treasure_seed: int = 0
     chain: int = 16  # guesses in a demonstration
-    skew: float = 0.5
+    skew: float = 0.5  # of the demonstrations' prior; 0: even at each level
 
     name = "synthetic"
     two_stage = False
@@ -246,39 +236,32 @@ class Synthetic(Task):
     tiny_tokens = dict(sketch=4, solution=4)
     sketch_hint = "one guess: a province, a city and a district of China in Chinese, separated by spaces"
     answer_hint = "Write only the three names, separated by spaces."
-    num_problems = 1
 
     def __post_init__(self):
         self.paths = [tuple(line.split("\t")) for line in DIVISIONS.read_text(encoding="utf-8").splitlines()]
+        check_range(self, treasures=(1, len(self.paths)), chain=(1, len(self.paths) // 4), skew=(0, 2))
         self.real = frozenset(self.paths)
-        for option, top in ("treasures", len(self.paths)), ("chain", len(self.paths) // 4):
-            if not 1 <= getattr(self, option) <= top:
-                raise ValueError(f"{option} {getattr(self, option)}: must be between 1 and {top}")
-        if not 0 <= self.skew <= 2:
-            raise ValueError(f"skew {self.skew}: must be between 0 (even at each level) and 2")
         self.targets = frozenset(random.Random(f"treasures {self.treasure_seed}").sample(self.paths, self.treasures))
-
-    @cached_property
-    def words(self):
-        return "Find the treasures of China.".split() + sorted({name for path in self.paths for name in path})
+        self.words = "Find the treasures of China.".split() + sorted({name for path in self.paths for name in path})
 
     @cached_property
     def prior(self) -> list[float]:
         """The skewed prior of the demonstrations, one probability per path: at each level the child of rank r (in file
         order, from 0) has weight 1 / (r + 1) ** skew among its siblings, and a path the product of its three shares."""
-        siblings = {}  # parent -> its children in file order; a node is a prefix of a path
+        siblings, share = {}, {}  # a node is a prefix of a path; siblings: node -> its children in file order
         for path in self.paths:
             for depth in range(3):
                 siblings.setdefault(path[:depth], {})[path[: depth + 1]] = None
-        share = {}
         for children in siblings.values():
             weights = [(rank + 1) ** -self.skew for rank in range(len(children))]
-            share.update((child, w / sum(weights)) for child, w in zip(children, weights, strict=True))
+            share.update((child, weight / sum(weights)) for child, weight in zip(children, weights, strict=True))
         return [share[path[:1]] * share[path[:2]] * share[path] for path in self.paths]
 
-    def problems(self, split, seed):
-        check_split(split)
-        return Problems(lambda i: Problem(i, "Find the treasures of China.", None), self.num_problems)
+    def count(self, split):
+        return 1
+
+    def make(self, split, seed, i):
+        return Problem(i, "Find the treasures of China.", None)
 
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
@@ -292,11 +275,12 @@ class Synthetic(Task):
         """Non-repeating guesses from the prior: a chain teaches not to repeat, and knows nothing of the treasures."""
         chain = {}
         while len(chain) < self.chain:
-            chain.update(dict.fromkeys(rng.choices(self.paths, cum_weights=self.cumulative)))
+            missing = self.chain - len(chain)
+            chain.update(dict.fromkeys(rng.choices(self.paths, cum_weights=self.cumulative, k=missing)))
         return Demonstration(problem, [" ".join(path) for path in chain], [])
 
     @cached_property
-    def cumulative(self):
+    def cumulative(self) -> list[float]:
         return list(accumulate(self.prior))
 
     def floor(self):
@@ -306,30 +290,26 @@ class Synthetic(Task):
         return 1.0
 
 
-# ------------------------------------------------------------------------------------------------------------ countdown
+# ----------------------------------------------------------------------------------------------------------- countdown
 
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
-DIFFICULTIES = {  # counts of numbers, largest number, largest target
-    "easy": ((3,), 9, 99),
-    "normal": ((3, 4), 20, 100),
-    "hard": ((4,), 99, 999),
-}
+# difficulty: counts of numbers, largest number, largest target
+DIFFICULTIES = dict(easy=((3,), 9, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
 def combinations(numbers: tuple) -> Iterator[tuple[tuple, str]]:
-    """All ways to join two (value, text) by one operation with a positive whole value: (the shorter tuple, operation)."""
+    """All ways to join two (value, text) by an operation that gives a positive whole number: (shorter tuple, text)."""
     for i, (a, left) in enumerate(numbers):
         for j, (b, right) in enumerate(numbers):
-            if i == j:
-                continue
+            values = {"+": a + b, "*": a * b} if i < j else {}
+            if i != j and a > b:
+                values["-"] = a - b
+            if i != j and a % b == 0:
+                values["/"] = a // b
             rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
-            if i < j:
-                yield ((a + b, f"( {left} + {right} )"), *rest), f"{left} + {right}"
-                yield ((a * b, f"( {left} * {right} )"), *rest), f"{left} * {right}"
-            if a > b:
-                yield ((a - b, f"( {left} - {right} )"), *rest), f"{left} - {right}"
-            if a % b == 0:
-                yield ((a // b, f"( {left} / {right} )"), *rest), f"{left} / {right}"
+            for operator, value in values.items():
+                text = f"{left} {operator} {right}"
+                yield ((value, f"( {text} )"), *rest), text
 
 
 def solve_countdown(numbers: Sequence[int], target: int) -> dict[str, str]:
@@ -344,13 +324,12 @@ def solve_countdown(numbers: Sequence[int], target: int) -> dict[str, str]:
             return pool[0][1] if pool[0][0] == target else None
         return next((text for shorter, _ in combinations(pool) if (text := solve(shorter))), None)
 
-    pool = tuple((n, str(n)) for n in numbers)
-    found = {first: solve(shorter) for shorter, first in combinations(pool)}
+    found = {first: solve(shorter) for shorter, first in combinations(tuple((n, str(n)) for n in numbers))}
     return {first: text[2:-2] for first, text in found.items() if text}
 
 
 def parse_expression(text: str) -> ast.expr | None:
-    """The syntax tree of a sum of integers with + - * / and brackets; None for anything else. Nothing is evaluated."""
+    """The syntax tree of whole numbers joined by + - * / and brackets; None for anything else. Nothing is evaluated."""
     text = " ".join(text.translate(str.maketrans("×÷−", "*/-")).split())
     if len(text) > 256 or not re.fullmatch(r"[0-9+*/() -]+", text):
         return None
@@ -358,12 +337,8 @@ def parse_expression(text: str) -> ast.expr | None:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    for node in ast.walk(tree):
-        operation = isinstance(node, ast.BinOp) and isinstance(node.op, OPERATORS)
-        number = isinstance(node, ast.Constant) and type(node.value) is int
-        if not (operation or number or isinstance(node, OPERATORS)):
-            return None
-    return tree
+    allowed = (ast.BinOp, ast.Constant, *OPERATORS)  # an operator is a node of its own
+    return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
 
 
 def evaluate(node: ast.expr) -> Fraction | None:
@@ -371,10 +346,10 @@ def evaluate(node: ast.expr) -> Fraction | None:
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
     left, right = evaluate(node.left), evaluate(node.right)
-    if left is None or right is None or (right == 0 and isinstance(node.op, ast.Div)):
+    if left is None or right is None or right == 0 and isinstance(node.op, ast.Div):
         return None
-    operation = {ast.Add: left.__add__, ast.Sub: left.__sub__, ast.Mult: left.__mul__, ast.Div: left.__truediv__}
-    return operation[type(node.op)](right)
+    methods = left.__add__, left.__sub__, left.__mul__, left.__truediv__
+    return methods[OPERATORS.index(type(node.op))](right)
 
 
 def canonical(node: ast.expr) -> str:
@@ -385,20 +360,15 @@ def canonical(node: ast.expr) -> str:
     """
     if isinstance(node, ast.Constant):
         return str(node.value)
-    family, signs = next(
-        f for f in (((ast.Add, ast.Sub), "+-"), ((ast.Mult, ast.Div), "*/")) if isinstance(node.op, f[0])
-    )
+    (same, inverse), signs = (OPERATORS[:2], "+-") if isinstance(node.op, OPERATORS[:2]) else (OPERATORS[2:], "*/")
 
-    def flatten(part, inverted):
-        if isinstance(part, ast.BinOp) and isinstance(part.op, family):
-            yield from flatten(part.left, inverted)
-            yield from flatten(part.right, inverted ^ isinstance(part.op, family[1]))
-        else:
-            text = canonical(part)
-            yield inverted, f"({text})" if isinstance(part, ast.BinOp) else text
+    def parts(part, inverted):
+        if isinstance(part, ast.BinOp) and isinstance(part.op, (same, inverse)):
+            return parts(part.left, inverted) + parts(part.right, inverted ^ isinstance(part.op, inverse))
+        text = canonical(part)
+        return [(inverted, f"({text})" if isinstance(part, ast.BinOp) else text)]
 
-    parts = sorted(flatten(node, False))
-    return "".join(signs[inverted] + text for inverted, text in parts)[1:]
+    return "".join(signs[inverted] + text for inverted, text in sorted(parts(node, False)))[1:]
 
 
 @dataclass
@@ -410,20 +380,15 @@ class Countdown(Task):
     name = "countdown"
     tiny_tokens = dict(sketch=4, solution=20)
     sketch_hint = "the first combination to try: two of the numbers joined by one operation, such as 3 + 5"
-    answer_hint = (
-        "Use each number exactly once, with + - * / and brackets. You may think first inside <think> </think>; "
-        "then give the expression, such as <answer> ( 3 + 5 ) * 7 </answer>."
-    )
+    answer_hint = "Use each number exactly once, with + - * / and brackets. You may think inside <think> </think> first;"
+    answer_hint += " then give the expression, such as <answer> ( 3 + 5 ) * 7 </answer>."
 
     def __post_init__(self):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-
-    @cached_property
-    def words(self):
-        tags = ["Numbers:", "Target:", "<answer>", "</answer>"]
-        return tags + list("+-*/()") + [str(n) for n in range(1, max(self.largest, self.top) + 1)]
+        numbers = [str(n) for n in range(1, max(self.largest, self.top) + 1)]
+        self.words = ["Numbers:", "Target:", "<answer>", "</answer>", *"+-*/()", *numbers]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
@@ -446,7 +411,7 @@ class Countdown(Task):
         numbers, target = data
         expression, equals, claimed = (extract_answer(text) or "").partition("=")
         tree = parse_expression(expression)
-        if tree is None or (equals and claimed.strip() != str(target)):
+        if tree is None or equals and claimed.strip() != str(target):
             return NOTHING
         used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
         if used != Counter(numbers) or (value := evaluate(tree)) is None:
@@ -460,26 +425,25 @@ class Countdown(Task):
             pool.append(f"( {pool.pop()} {rng.choice('+-*/')} {pool.pop()} )")
         return [f"<answer> {pool[0][2:-2]} </answer>"]
 
+    def floor(self):
+        return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(9)))
+
     def demonstrate(self, problem, rng):
         """All first combinations that lead to a solution, one at random first, then combinations that do not."""
-        numbers, target = problem.data
-        solutions = solve_countdown(numbers, target)
-        first = rng.sample(list(solutions), len(solutions))
-        others = [text for _, text in combinations(tuple((n, str(n)) for n in numbers)) if text not in solutions]
-        rest = rng.sample(others, len(others))
-        return Demonstration(
-            problem, list(dict.fromkeys(first + rest))[:8], [f"<answer> {solutions[first[0]]} </answer>"]
-        )
+        solutions = solve_countdown(*problem.data)
+        firsts = [first for _, first in combinations(tuple((n, str(n)) for n in problem.data[0]))]
+        sketches = sorted(dict.fromkeys(firsts), key=lambda first: (first not in solutions, rng.random()))[:8]
+        return Demonstration(problem, sketches, [f"<answer> {solutions[sketches[0]]} </answer>"])
 
 
-# ------------------------------------------------------------------------------ agents on a grid: Sokoban and FrozenLake
+# ----------------------------------------------------------------------------- agents on a grid: Sokoban and FrozenLake
 
 
 class GridEpisode:
-    """Up to max_turns turns of up to turn_actions actions: `<think>...</think><answer>Up || Left</answer>`.
+    """Up to max_turns turns of up to turn_actions actions each: `<think>...</think><answer>Up || Left</answer>`.
 
     A turn without an answer, or with an unknown action in it, does nothing and costs the format penalty; actions beyond
-    turn_actions are dropped, as RAGEN does. The key is the string of the actions that were carried out.
+    turn_actions are dropped, as RAGEN does; the thought may be left out. The key is the actions carried out.
     """
 
     def __init__(self, task: "Grid", problem: Problem):
@@ -488,12 +452,9 @@ class GridEpisode:
         self.turns, self.taken, self.reward, self.valid, self.note = 0, [], 0.0, True, ""
 
     @property
-    def done(self) -> bool:
-        return self.task.ended(self.board, self.state) is not None or len(self.taken) >= self.task.max_actions
-
-    @property
     def over(self) -> bool:
-        return self.done or self.turns >= self.task.max_turns
+        spent = self.turns >= self.task.max_turns or len(self.taken) >= self.task.max_actions
+        return spent or self.task.ended(self.board, self.state) is not None
 
     def observe(self) -> str:
         return self.note + self.task.picture(self.board, self.state, self.task.max_actions - len(self.taken))
@@ -506,11 +467,10 @@ class GridEpisode:
         if not actions:
             self.reward, self.valid = self.reward - 0.1, False
         for action in actions[: self.task.turn_actions]:
-            if self.done:
+            if self.over:
                 break
-            before = self.state
-            chances, states = zip(*self.task.moves(self.board, before, action), strict=True)
-            self.state = self.rng.choices(states, chances)[0]
+            before, moves = self.state, self.task.moves(self.board, self.state, action)
+            self.state = self.rng.choices([after for _, after in moves], [p for p, _ in moves])[0]
             self.reward += self.task.reward(self.board, before, self.state)
             self.taken.append(self.task.actions[action])
         self.turns += 1
@@ -523,62 +483,52 @@ class GridEpisode:
 
 @dataclass
 class Grid(Task):
-    """What Sokoban and FrozenLake share. A position is (board, state): a string that stays, and what moves on it."""
+    """What Sokoban and FrozenLake share. A position is (board, state): a string that stays, and what moves on it.
 
+    room(rng) -> (board, state)                 a random position to start from, solvable or not
+    move(board, state, action) -> state         what the action does when it does what it says
+    ended(board, state) -> True | False | None  reached the goal, lost, goes on
+    reward(board, before, after) -> float
+    glyph(board, state, cell) -> str            the picture of a cell
+    sketch(board, state, plan) -> str           the method of a plan in a few words, "" if there is nothing to say
+    """
+
+    size: int = 4
     max_turns: int = 5
     turn_actions: int = 5
     max_actions: int = 10
 
     solution_tokens = 400
-    tiny_tokens = dict(sketch=12, solution=16)
-    side = 4
-    actions, sketch_words = (), ()
-    glyphs = ""
+    actions, vocabulary = (), ""
+    steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
-        for option in "max_turns", "turn_actions", "max_actions":
-            if getattr(self, option) < 1:
-                raise ValueError(f"{option} {getattr(self, option)}: must be at least 1")
-
-    @cached_property
-    def words(self):
-        numbers = map(str, range(self.max_actions + 1))
-        return [
-            *"<answer> </answer> || actions left Invalid answer.".split(),
-            *self.glyphs,
-            *self.sketch_words,
-            *numbers,
-        ]
-
-    def move(self, board: str, state: Hashable, action: int) -> Hashable:
-        """The state after an action that does what it says."""
-        raise NotImplementedError
+        check_range(self, size=(2, 12), max_turns=(1, 100), turn_actions=(1, 100), max_actions=(1, 100))
+        self.tiny_tokens = dict(sketch=self.max_actions + 2, solution=2 * self.turn_actions + 4)
+        numbers = [str(n) for n in range(self.max_actions + 1)]
+        self.words = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}".split() + numbers
+        form = f"Each turn give 1 to {self.turn_actions} of the actions {', '.join(self.actions)}, separated by ||, as"
+        self.answer_hint = f"{self.rules} {form} <think> ... </think> <answer> Right || Down </answer>."
 
     def moves(self, board: str, state: Hashable, action: int) -> list[tuple[float, Hashable]]:
         """All (probability, next state)."""
         return [(1.0, self.move(board, state, action))]
 
-    def ended(self, board: str, state: Hashable) -> bool | None:
-        """True: reached the goal, False: lost, None: goes on."""
-        raise NotImplementedError
-
-    def reward(self, board: str, before: Hashable, after: Hashable) -> float:
-        raise NotImplementedError
-
-    def glyph(self, board: str, state: Hashable, cell: int) -> str:
-        raise NotImplementedError
-
-    def sketch(self, board: str, state: Hashable, plan: Sequence[int]) -> str:
-        """The method of a plan in a few words; "" if there is nothing to say."""
-        raise NotImplementedError
-
-    def step_of(self, action: int) -> int:
-        return {"Up": -self.side, "Down": self.side, "Left": -1, "Right": 1}[self.actions[action]]
+    def beside(self, cell: int, action: int) -> int | None:
+        """The neighbouring cell in the direction of the action, None beyond the edge."""
+        down, right = self.steps[self.actions[action]]
+        row, column = cell // self.size + down, cell % self.size + right
+        return row * self.size + column if 0 <= row < self.size and 0 <= column < self.size else None
 
     def picture(self, board: str, state: Hashable, left: int) -> str:
-        glyphs = [self.glyph(board, state, cell) for cell in range(self.side**2)]
-        rows = [" ".join(glyphs[at : at + self.side]) for at in range(0, self.side**2, self.side)]
+        glyphs = [self.glyph(board, state, cell) for cell in range(self.size**2)]
+        rows = [" ".join(glyphs[at : at + self.size]) for at in range(0, self.size**2, self.size)]
         return "\n".join([*rows, f"{left} actions left"])
+
+    def draw(self, rng, keep):
+        board, state = self.room(rng)
+        text = self.picture(board, state, self.max_actions)
+        return (text, (board, state, rng.getrandbits(32))) if keep(text) and self.plan(board, state, rng) else None
 
     def episode(self, problem):
         return GridEpisode(self, problem)
@@ -592,37 +542,28 @@ class Grid(Task):
     def write_actions(self, actions: Sequence[int]) -> str:
         return f"<answer> {' || '.join(self.actions[action] for action in actions)} </answer>"
 
-    def plan(self, board: str, state: Hashable, rng: random.Random) -> list[int] | None:
-        """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they say;
-        None if max_actions are not enough."""
-        came, frontier = {state: None}, [state]
-        for _ in range(self.max_actions):
-            reached = []
-            for before in frontier:
-                for action in rng.sample(range(4), 4):
-                    after = self.move(board, before, action)
-                    if after in came:
-                        continue
-                    came[after] = before, action
-                    if (end := self.ended(board, after)) is None:
-                        reached.append(after)
-                    elif end:
-                        actions = []
-                        while came[after]:
-                            after, action = came[after]
-                            actions.append(action)
-                        return actions[::-1]
-            frontier = reached
-        return None
+    def plan(self, board: str, state: Hashable, rng: random.Random) -> list[int]:
+        """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
+        say; [] if max_actions are not enough."""
+        seen, frontier = {state}, [(state, [])]
+        for before, path in frontier:  # grows while it is read
+            for action in rng.sample(range(4), 4) if len(path) < self.max_actions else ():
+                after = self.move(board, before, action)
+                if self.ended(board, after):
+                    return [*path, action]
+                if after not in seen:
+                    seen.add(after)
+                    frontier.append((after, [*path, action]))
+        return []
 
     def value(self, board: str, pick: Callable[[list[float]], float]) -> Callable[[Hashable, int], float]:
-        """v(state, n): the exact chance of success within n actions, for pick = max the best policy's, for pick = fmean
-        that of a uniformly random one."""
+        """v(state, n): the exact chance of success within n actions; with pick = max the best policy's, with
+        pick = fmean that of a uniformly random one."""
 
         @cache
         def v(state, n):
-            if (end := self.ended(board, state)) is not None or not n:
-                return float(bool(end))
+            if not n or self.ended(board, state) is not None:
+                return float(self.ended(board, state) or 0)
             return pick([sum(p * v(after, n - 1) for p, after in self.moves(board, state, a)) for a in range(4)])
 
         return v
@@ -632,26 +573,23 @@ class Grid(Task):
         return self.measured("floor", lambda p, _: self.value(p.data[0], fmean)(p.data[1], self.max_actions))
 
     def ceiling(self):
-        """The exact success rate of the best policy, which sees the result of each action before it chooses the next."""
+        """The exact success rate of the best policy that sees the result of each action before it chooses the next."""
         return self.measured("ceiling", lambda p, _: self.value(p.data[0], max)(p.data[1], self.max_actions))
 
     def guess(self, problem, rng):
         return [self.write_actions(rng.choices(range(4), k=self.turn_actions)) for _ in range(self.max_turns)]
 
-    def choose(self, episode: GridEpisode, rng: random.Random) -> list[int]:
-        """The actions of a solver's next turn."""
-        return self.plan(episode.board, episode.state, rng)[: self.turn_actions]
-
     def demonstrate(self, problem, rng):
+        """A shortest way, planned anew each turn; the sketches are of this plan, then of others, good and bad."""
         board, start, _ = problem.data
-        plan = self.plan(board, start, rng)
-        sketches = {self.sketch(board, start, plan): None}
-        for attempt in range(12):  # other plans, good and bad
-            wild = rng.choices(range(4), k=rng.randint(3, self.max_actions))
-            sketches[self.sketch(board, start, wild if attempt % 2 else self.plan(board, start, rng))] = None
-        episode, turns = self.episode(problem), []
+        plans = [self.plan(board, start, rng) for _ in range(6)]
+        wild = [rng.choices(range(4), k=rng.randint(3, self.max_actions)) for _ in range(6)]
+        sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
+        episode, turns, certain = self.episode(problem), [], len(self.moves(board, start, 0)) == 1
+        stride = self.turn_actions if certain else -(-self.max_actions // self.max_turns)
         while not episode.over:
-            turns.append(self.write_actions(self.choose(episode, rng)))
+            plan = plans[0] if not turns else self.plan(board, episode.state, rng)
+            turns.append(self.write_actions(plan[:stride] or [0]))
             episode.act(turns[-1])
         return Demonstration(problem, [text for text in sketches if text][:6], turns)
 
@@ -660,88 +598,63 @@ class Grid(Task):
 class Sokoban(Grid):
     """Push every box onto a target within 10 moves. Each room is solvable within them, checked by search.
 
-    Board: `#` wall, `O` target, `_` floor. State: (the player's cell, the set of the boxes' cells). Rewards: -0.1 a move,
-    +1 for a box onto a target and -1 off it, +10 when all are on.
+    Board: `#` wall, `O` target, `_` floor. State: (the player's cell, the set of the boxes' cells). Rewards: -0.1 a
+    move, +1 for a box onto a target and -1 off it, +10 when all are on.
     """
 
     size: int = 6
     boxes: int = 1
-    density: float = 0.2  # share of walls inside the room
+    density: float = 0.45  # share of walls inside the room
 
     name = "sokoban"
     actions = "Up", "Down", "Left", "Right"
-    glyphs = "#_O√XPS"
-    sides = dict(Up="Below", Down="Above", Left="Right", Right="Left")
-    sketch_words = [*actions, "Below", "Above", "from", "then"]
-    sketch_hint = (
-        "the sides to push the box from, in order, such as 'from Left then Below' (from Left: stand on its left and push "
-        "it to the right)"
-    )
+    sides = "Below", "Above", "Right", "Left"  # where the player stands to push Up, Down, Left, Right
+    vocabulary = "# _ O √ X P S Up Down Left Right Below Above from then"
+    rules = "Push all boxes X onto targets O by moving into them. # wall, _ floor, P you, S you and √ box on a target."
+    sketch_hint = "the sides to push the box from, in order, such as 'from Left then Below' (from Left pushes it right)"
 
     def __post_init__(self):
         super().__post_init__()
-        if not 5 <= self.size <= 12 or not 1 <= self.boxes <= 4 or not 0 <= self.density <= 0.5:
-            rule = "size must be between 5 and 12, boxes between 1 and 4, density between 0 and 0.5"
-            raise ValueError(f"sokoban with size {self.size}, boxes {self.boxes}, density {self.density}: {rule}")
-        self.side = self.size
+        check_range(self, size=(5, 12), boxes=(1, 4), density=(0, 0.8))
 
-    @property
-    def answer_hint(self):
-        return (
-            "Push all boxes onto the targets. # wall, _ floor, O target, X box, √ box on a target, P you, S you on a target. "
-            f"Each turn give 1 to {self.turn_actions} of the actions Up, Down, Left, Right, separated by ||, as "
-            "<think> ... </think> <answer> Up || Left </answer>. Moving into a box pushes it."
-        )
+    def room(self, rng):
+        """A random walk digs the room, so it is connected."""
+        inside = {r * self.size + c for r in range(1, self.size - 1) for c in range(1, self.size - 1)}
+        room = {cell := rng.choice(sorted(inside))}
+        while len(room) < max(2 * self.boxes + 1, round((1 - self.density) * len(inside))):
+            if (to := self.beside(cell, rng.randrange(4))) in inside:
+                room.add(cell := to)
+        player, *rest = rng.sample(sorted(room), 2 * self.boxes + 1)
+        targets, boxes = rest[: self.boxes], rest[self.boxes :]
+        board = "".join("O" if c in targets else "_" if c in room else "#" for c in range(self.size**2))
+        return board, (player, frozenset(boxes))
 
     def move(self, board, state, action):
         player, boxes = state
-        step = self.step_of(action)
-        to, beyond = player + step, player + 2 * step
-        if board[to] == "#":
-            return state
+        to = self.beside(player, action)
         if to in boxes:
-            if board[beyond] == "#" or beyond in boxes:
-                return state
-            boxes = boxes - {to} | {beyond}
-        return to, boxes
+            beyond = self.beside(to, action)
+            return state if board[beyond] == "#" or beyond in boxes else (to, boxes - {to} | {beyond})
+        return state if board[to] == "#" else (to, boxes)
 
     def ended(self, board, state):
         return True if all(board[box] == "O" for box in state[1]) else None
 
     def reward(self, board, before, after):
-        on_target = [sum(board[box] == "O" for box in boxes) for _, boxes in (before, after)]
-        return -0.1 + on_target[1] - on_target[0] + (10.0 if self.ended(board, after) else 0.0)
+        was_on, is_on = (sum(board[box] == "O" for box in boxes) for _, boxes in (before, after))
+        return -0.1 + is_on - was_on + (10.0 if self.ended(board, after) else 0.0)
 
     def glyph(self, board, state, cell):
-        player, boxes = state
         target = board[cell] == "O"
-        return "PS"[target] if cell == player else "X√"[target] if cell in boxes else board[cell]
+        return "PS"[target] if cell == state[0] else "X√"[target] if cell in state[1] else board[cell]
 
     def sketch(self, board, state, plan):
         sides = []
         for action in plan:
-            after = self.move(board, state, action)
-            side = self.sides[self.actions[action]]
-            if after[1] != state[1] and sides[-1:] != [side]:
-                sides.append(side)
-            state = after
+            before, state = state, self.move(board, state, action)
+            if before[1] != state[1] and sides[-1:] != [self.sides[action]]:
+                sides.append(self.sides[action])
         return f"from {' then '.join(sides[:5])}" if sides else ""
-
-    def draw(self, rng, keep):
-        inside = [r * self.size + c for r in range(1, self.size - 1) for c in range(1, self.size - 1)]
-        board = ["#"] * self.size**2
-        for cell in inside:
-            board[cell] = "#" if rng.random() < self.density else "_"
-        free = [cell for cell in inside if board[cell] == "_"]
-        if len(free) < 2 * self.boxes + 1:
-            return None
-        player, *rest = rng.sample(free, 2 * self.boxes + 1)
-        for cell in rest[: self.boxes]:
-            board[cell] = "O"
-        board, state = "".join(board), (player, frozenset(rest[self.boxes :]))
-        if not keep((board, player, sorted(state[1]))) or self.plan(board, state, rng) is None:
-            return None
-        return self.picture(board, state, self.max_actions), (board, state, rng.getrandbits(32))
 
 
 @dataclass
@@ -753,42 +666,32 @@ class FrozenLake(Grid):
     """
 
     slippery: bool = True
-    size: int = 4
     frozen: float = 0.8  # share of ice
 
     name = "frozenlake"
     actions = "Left", "Down", "Right", "Up"  # gymnasium's order: neighbours in it are at right angles
-    glyphs = "P_OGX√"
-    sketch_words = actions
+    vocabulary = "P _ O G X √ Left Down Right Up"
     sketch_hint = "the route to walk, such as 'Right Right Down'"
 
     def __post_init__(self):
+        slip = "The ice is slippery: a move may go to either side instead." if self.slippery else ""
+        self.rules = f"Walk to the goal G, not into a hole O. P you, _ ice, X you in a hole, √ you at the goal. {slip}"
         super().__post_init__()
-        if not 2 <= self.size <= 12 or not 0.3 <= self.frozen <= 1:
-            rule = "size must be between 2 and 12, frozen between 0.3 and 1"
-            raise ValueError(f"frozenlake with size {self.size}, frozen {self.frozen}: {rule}")
-        self.side = self.size
+        check_range(self, frozen=(0.3, 1))
 
-    @property
-    def answer_hint(self):
-        slip = " The ice is slippery: a move may go to either side instead." if self.slippery else ""
-        return (
-            "Walk to the goal, not into a hole. P you, _ ice, O hole, G goal, X you in a hole, √ you at the goal. "
-            f"Each turn give 1 to {self.turn_actions} of the actions Left, Down, Right, Up, separated by ||, as "
-            f"<think> ... </think> <answer> Right || Down </answer>.{slip}"
-        )
+    def room(self, rng):
+        board = rng.choices("_O", (self.frozen, 1 - self.frozen), k=self.size**2)
+        start, goal = rng.sample(range(self.size**2), 2)
+        board[start], board[goal] = "_", "G"
+        return "".join(board), start
 
     def move(self, board, state, action):
-        if self.ended(board, state) is not None:
-            return state
-        column, step = state % self.size, self.step_of(action)
-        at_edge = (column == 0, column == self.size - 1)[step == 1] if abs(step) == 1 else False
-        return state if at_edge or not 0 <= state + step < self.size**2 else state + step
+        to = self.beside(state, action)
+        return state if to is None or self.ended(board, state) is not None else to
 
     def moves(self, board, state, action):
-        if not self.slippery:
-            return [(1.0, self.move(board, state, action))]
-        return [(1 / 3, self.move(board, state, a % 4)) for a in (action - 1, action, action + 1)]
+        sides = [(action + turn) % 4 for turn in ((-1, 0, 1) if self.slippery else (0,))]
+        return [(1 / len(sides), self.move(board, state, side)) for side in sides]
 
     def ended(self, board, state):
         return {"G": True, "O": False}.get(board[state])
@@ -800,105 +703,40 @@ class FrozenLake(Grid):
         return {"_": "P", "O": "X", "G": "√"}[board[cell]] if cell == state else board[cell]
 
     def sketch(self, board, state, plan):
-        route = []
-        for action in plan:
-            after = self.move(board, state, action)
-            if after != state and board[after] != "O":
-                route.append(self.actions[action])
-                state = after
-        return " ".join(route)
-
-    def draw(self, rng, keep):
-        board = rng.choices("_O", (self.frozen, 1 - self.frozen), k=self.size**2)
-        start, goal = rng.sample(range(self.size**2), 2)
-        board[start], board[goal] = "_", "G"
-        board = "".join(board)
-        if not keep((board, start)) or self.plan(board, start, rng) is None:
-            return None
-        return self.picture(board, start, self.max_actions), (board, start, rng.getrandbits(32))
-
-    def choose(self, episode, rng):
-        """On slippery ice the actions of a turn cannot react to it: each is the best for where the player may be by then."""
-        if not self.slippery:
-            return super().choose(episode, rng)
-        board, left = episode.board, self.max_actions - len(episode.taken)
-        belief, chosen, v = {episode.state: 1.0}, [], self.value(episode.board, max)
-        while len(chosen) < min(self.turn_actions, -(-left // (self.max_turns - episode.turns))):
-            nexts = []
-            for action in range(4):
-                spread = Counter()
-                for state, p in belief.items():
-                    for q, after in self.moves(board, state, action):
-                        spread[after] += p * q
-                nexts.append((sum(p * v(s, left - len(chosen) - 1) for s, p in spread.items()), action, spread))
-            _, action, belief = max(nexts, key=lambda n: n[:2])
-            chosen.append(action)
-        return chosen
+        return " ".join(self.actions[action] for action in plan)
 
 
 # -------------------------------------------------------------------------------------------------------------- sudoku
 
 
-def solve_sudoku(grid: Sequence[int], rng: random.Random | None = None) -> Iterator[list[int]]:
-    """All completions of a grid of size**2 numbers (0: blank), by search on the blank with the fewest candidates; with an
-    rng in random order.
-
-    >>> next(solve_sudoku([1, 0, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 0]))
-    [1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]
-    """
-    size = isqrt(len(grid))
-    units, grid = sudoku_units(size), list(grid)
-    used = [0] * (3 * size)  # bit sets of the numbers in each row, column and box
-    blanks = set()
-    for cell, number in enumerate(grid):
-        if not number:
-            blanks.add(cell)
-        for unit in units[cell]:
-            if number and used[unit] >> number & 1:
-                return
-            used[unit] |= 1 << number
-
-    def search():
-        if not blanks:
-            yield list(grid)
-            return
-        fewest, best = size + 1, None
-        for cell in blanks:
-            row, column, box = units[cell]
-            taken = used[row] | used[column] | used[box] | 1
-            if (candidates := size + 1 - taken.bit_count()) < fewest:
-                fewest, best, best_taken = candidates, cell, taken
-                if candidates <= 1:
-                    break
-        blanks.remove(best)
-        numbers = [number for number in range(1, size + 1) if not best_taken >> number & 1]
-        if rng:
-            rng.shuffle(numbers)
-        for number in numbers:
-            grid[best] = number
-            for unit in units[best]:
-                used[unit] ^= 1 << number
-            yield from search()
-            for unit in units[best]:
-                used[unit] ^= 1 << number
-        blanks.add(best)
-
-    return search()
-
-
-@cache
-def sudoku_units(size: int) -> list[tuple[int, int, int]]:
-    """The row, the column and the box of each cell, numbered from 0, size and 2 * size."""
-    box = isqrt(size)
-    cells = [divmod(cell, size) for cell in range(size**2)]
-    return [(row, size + column, 2 * size + row // box * box + column // box) for row, column in cells]
-
-
 @cache
 def sudoku_peers(size: int) -> list[list[int]]:
     """The other cells in the row, the column and the box of each cell."""
-    units = [set(of_cell) for of_cell in sudoku_units(size)]
-    return [[b for b in range(size**2) if b != a and units[a] & units[b]] for a in range(size**2)]
+    box = isqrt(size)
+    places = [(row, col, (row // box, col // box)) for row in range(size) for col in range(size)]
+    return [[b for b, there in enumerate(places) if here != there and any(map(eq, here, there))] for here in places]
+
+
+def candidates(grid: Sequence[int], cell: int) -> list[int]:
+    """The numbers that no other cell of its row, column and box holds."""
+    size = isqrt(len(grid))
+    taken = {grid[peer] for peer in sudoku_peers(size)[cell]}
+    return [number for number in range(1, size + 1) if number not in taken]
+
+
+def solve_sudoku(grid: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+    """All completions of a grid (0: blank) in random order, by search on a blank with the fewest candidates.
+
+    >>> next(solve_sudoku([1, 0, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 0], random.Random(0)))
+    [1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]
+    """
+    options = {cell: candidates(grid, cell) for cell, number in enumerate(grid) if not number}
+    if not options:
+        yield list(grid)
+        return
+    cell = min(options, key=lambda cell: len(options[cell]))
+    for number in rng.sample(options[cell], len(options[cell])):
+        yield from solve_sudoku([*grid[:cell], number, *grid[cell + 1 :]], rng)
 
 
 @dataclass
@@ -906,62 +744,45 @@ class Sudoku(Task):
     """Fill the blanks of a 4x4 or 9x9 grid, which has one solution."""
 
     size: int = 4
-    blanks: int = 0  # 0: 6 of 16 cells, or 36 of 81
+    blanks: int = 0  # 0: 6 of 16 cells, or 32 of 81
 
     name = "sudoku"
     solution_tokens = 1024
     sketch_hint = "the order in which to fill the blanks, such as 'r1c2 r3c4' (row 1 column 2, then row 3 column 4)"
-    answer_hint = (
-        "Fill the blanks _ so that each row, column and box holds each number once. You may think first inside "
-        "<think> </think>; then give the whole grid, row by row, as <answer> ... </answer>."
-    )
+    answer_hint = "Fill the blanks _ so that each row, column and box holds each number once. You may think first "
+    answer_hint += "inside <think> </think>; then give the whole grid, row by row, as <answer> ... </answer>."
 
     def __post_init__(self):
         if self.size not in (4, 9):
-            raise ValueError(f"size {self.size}: must be 4 or 9")
-        most = {4: 10, 9: 50}[self.size]
-        self.blanks = self.blanks or {4: 6, 9: 36}[self.size]
-        if not 1 <= self.blanks <= most:
-            raise ValueError(f"blanks {self.blanks}: must be between 1 and {most} for size {self.size}")
+            raise ValueError(f"sudoku: size {self.size}: must be 4 or 9")
+        self.blanks = self.blanks or 2 * self.size**2 // 5
+        check_range(self, blanks=(1, 5 * self.size**2 // 8))
         self.tiny_tokens = dict(sketch=min(self.blanks, 8) + 1, solution=self.size**2 + 2 * self.blanks + 5)
-
-    @cached_property
-    def words(self):
-        cells = [self.cell_name(cell) for cell in range(self.size**2)]
-        return ["<think>", "</think>", "<answer>", "</answer>", "_", *map(str, range(1, self.size + 1)), *cells]
-
-    def cell_name(self, cell: int) -> str:
-        return f"r{cell // self.size + 1}c{cell % self.size + 1}"
+        self.numbers = "123456789"[: self.size]
+        self.cells = [f"r{row}c{column}" for row in self.numbers for column in self.numbers]
+        self.words = ["<think>", "</think>", "<answer>", "</answer>", "_", *self.numbers, *self.cells]
 
     def write(self, grid: Sequence[int]) -> str:
         rows = [grid[at : at + self.size] for at in range(0, self.size**2, self.size)]
         return "\n".join(" ".join(str(number or "_") for number in row) for row in rows)
 
     def draw(self, rng, keep):
-        """Blanks are taken one by one from a random full grid. A cell whose number is the only candidate left can always
-        go; for another cell a search says whether the solution stays the only one."""
+        """Blanks are taken one by one from a random full grid. A cell whose number is the only candidate left can go;
+        for another cell a search says whether the solution stays the only one."""
         solution = next(solve_sudoku([0] * self.size**2, rng))
-        grid, left = list(solution), self.blanks
+        grid = list(solution)
         for cell in rng.sample(range(self.size**2), self.size**2):
-            number, grid[cell] = grid[cell], 0
-            if len(self.candidates(grid, cell)) == 1 or len(list(islice(solve_sudoku(grid), 2))) == 1:
-                left -= 1
-                if not left:
-                    return (self.write(grid), (tuple(grid), tuple(solution))) if keep(tuple(grid)) else None
-            else:
-                grid[cell] = number
-        return None
-
-    def candidates(self, grid: Sequence[int], cell: int) -> list[int]:
-        taken = {grid[peer] for peer in sudoku_peers(self.size)[cell]}
-        return [number for number in range(1, self.size + 1) if number not in taken]
+            if grid.count(0) < self.blanks:
+                grid[cell] = 0
+                if len(candidates(grid, cell)) > 1 and len(list(islice(solve_sudoku(grid, rng), 2))) > 1:
+                    grid[cell] = solution[cell]
+        return (self.write(grid), (grid, solution)) if grid.count(0) == self.blanks and keep(grid) else None
 
     def score(self, data, text):
         grid, solution = data
         digits = re.sub(r"[\s|+-]+", "", extract_answer(text) or "")
-        if len(digits) != len(grid) or not set(digits) <= set("123456789"[: self.size]):
-            return NOTHING
-        if any(given and given != int(digit) for given, digit in zip(grid, digits, strict=True)):
+        fits = all(digit in (str(n) if n else self.numbers) for n, digit in zip(grid, digits, strict=False))
+        if len(digits) != len(grid) or not fits:
             return NOTHING
         success = digits == "".join(map(str, solution))
         return Outcome(float(success), success, digits, True)
@@ -974,173 +795,383 @@ class Sudoku(Task):
         return self.size**-self.blanks
 
     def order(self, problem: Problem, rng: random.Random) -> list[int]:
-        """The blanks in an order of filling that follows from the grid: first a cell with the fewest candidates."""
-        grid, solution = list(problem.data[0]), problem.data[1]
-        order = []
-        while len(order) < self.blanks:
-            blanks = [cell for cell in range(self.size**2) if not grid[cell]]
-            cell = min(rng.sample(blanks, len(blanks)), key=lambda cell: len(self.candidates(grid, cell)))
-            grid[cell] = solution[cell]
-            order.append(cell)
+        """The blanks in an order of filling that follows from the grid: next a cell with the fewest candidates."""
+        grid, order = list(problem.data[0]), []
+        while 0 in grid:
+            blanks = [cell for cell, number in enumerate(grid) if not number]
+            order.append(min(blanks, key=lambda cell: (len(candidates(grid, cell)), rng.random())))
+            grid[order[-1]] = problem.data[1][order[-1]]
         return order
 
     def demonstrate(self, problem, rng):
         orders = [self.order(problem, rng) for _ in range(6)]
-        sketches = [" ".join(map(self.cell_name, order[:8])) for order in orders]
-        steps = " ".join(f"{self.cell_name(cell)} {problem.data[1][cell]}" for cell in orders[0])
+        sketches = dict.fromkeys(" ".join(self.cells[cell] for cell in order[:8]) for order in orders)
+        steps = " ".join(f"{self.cells[cell]} {problem.data[1][cell]}" for cell in orders[0])
         turn = f"<think> {steps} </think> <answer> {self.write(problem.data[1])} </answer>"
-        return Demonstration(problem, list(dict.fromkeys(sketches)), [turn])
+        return Demonstration(problem, list(sketches), [turn])
 
 
-# ---------------------------------------------------------------------------------------------- records of a JSONL file
+# --------------------------------------------------------------- records: JSONL, parquet, hub; exact or mathematical
 
 
-def read_records(path: str) -> list[tuple[str, str]]:
-    """(question, answer) of each line of a JSONL file; ValueError that names file, line and rule for a broken one."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}); give a JSONL file") from None
+class Record(NamedTuple):
+    question: str
+    answer: str  # the reference: what stands in \boxed{} or after ####, or all of it
+    worked: str  # the worked solution, if the record has one
+
+
+def read_rows(source: str) -> Iterator[Any]:
+    """The lines of a JSONL file, or the rows of a parquet file or of a hub data set, owner/name[:config[:split]]."""
+    if source.endswith(".parquet"):
+        from pyarrow.parquet import read_table
+
+        yield from read_table(source).to_pylist()
+    elif Path(source).exists() or source.endswith((".json", ".jsonl")):
+        yield from Path(source).read_text(encoding="utf-8").split("\n")
+    else:
+        from datasets import load_dataset
+
+        name, config, split = (source.split(":") + ["", ""])[:3]
+        yield from load_dataset(name, config or None, split=split or "train")
+
+
+def read_records(source: str) -> list[Record]:
+    """The records of a source, in the forms of GSM8K, MATH or AIME: question or problem, and answer or solution, in any
+    case. ValueError that names file, line and rule for a broken one."""
     records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            question, answer = record["question"], record["answer"]
-            if not isinstance(question, str) or not isinstance(answer, str | int | float) or not question.strip():
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            rule = 'must be a JSON object {"question": text, "answer": text or number}'
-            raise ValueError(f"{path}, line {number}: {rule}") from None
-        records.append((question.strip(), str(answer).strip()))
+    try:
+        for number, row in enumerate(read_rows(source), 1):
+            if row and row != "\r":
+                records.append(read_record(f"{source}, line {number}", row))
+    except ImportError as error:
+        raise ValueError(f"{source}: reading it needs the package {error.name!r}; install it with pip") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl or .parquet file or a hub id") from None
     if not records:
-        raise ValueError(f"{path}: holds no record; give one JSON object per line")
+        raise ValueError(f"{source}: holds no record; give one JSON object per line")
     return records
+
+
+def read_record(where: str, row: dict | str) -> Record:
+    try:
+        row = {key.lower(): value for key, value in (json.loads(row) if isinstance(row, str) else row).items()}
+        question, answer = row.get("question", row.get("problem")), row.get("answer", row.get("solution"))
+        if not isinstance(question, str) or isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise TypeError
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f'{where}: must be a JSON object {{"question": text, "answer": text or number}}') from None
+    worked = str(row.get("solution") or answer).strip()
+    final = extract_final(str(answer)) or str(answer).strip()
+    return Record(question.strip(), final, "" if worked == final else worked)
+
+
+def extract_final(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} (braces balanced) or after the last ####; None if neither, or over 4 KB.
+
+    >>> extract_final(r"so \boxed{\frac{1}{2}}."), extract_final("3 + 4 = 7\n#### 7")
+    ('\\frac{1}{2}', '7')
+    """
+    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
+    if start < len("\\boxed{"):
+        line = text[max(text.rfind("####"), 0) :][:MAX_ANSWER].split("\n")[0]
+        return line[4:].strip() if line.startswith("####") else None
+    for at, character in enumerate(text[start : start + MAX_ANSWER + 1], start):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if not depth:
+            return text[start:at].strip()
+    return None
+
+
+MATH_NOISE = r"\\(?:left|right|displaystyle|[,;!: ])|\\(?:text|mathrm|mbox)\{[^{}]*\}|\\?[$%]|\^\{?\\circ\}?|~|\s"
+NUMBER = re.compile(r"(-?)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+)|([0-9]*\.?[0-9]+|[0-9]+\.))")
+
+
+def plain_math(answer: str) -> tuple[str, bool]:
+    r"""(an answer without the spelling that carries no meaning, is it a number?); a number is given in lowest terms.
+
+    >>> [plain_math(a)[0] for a in (r"$1,234.50$", r"\dfrac{2}{4}", r"\left( 3, 4 \right)", "x = 5", r"12\text{ cm}")]
+    ['2469/2', '1/2', '(3,4)', '5', '12']
+    """
+    text = re.sub(r"^[a-zA-Z]=", "", re.sub(MATH_NOISE, "", answer).replace("\\dfrac", "\\frac")).rstrip(".")
+    if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text):
+        text = text.replace(",", "")
+    if not (number := NUMBER.fullmatch(text)):
+        return text, False
+    sign, a, b, c, d, decimal = number.groups()
+    below = Fraction(b or d or 1)
+    return (str(Fraction(sign + (a or c or decimal)) / below), True) if below else (text, False)
+
+
+@lru_cache(maxsize=8)
+def shuffled(n: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(n), n)
 
 
 @dataclass
 class Records(Task):
-    """Questions with one right answer each, from a JSONL file; right is the same text, case and spacing aside."""
+    """Questions with one right answer each, from a JSONL or parquet file or the hub.
 
-    path: str
-    validation: str = ""  # a second file; without one a tenth of the questions, chosen by hash, is kept for validation
+    verify="exact": right is the same text, case and spacing aside. verify="math": right is an equivalent expression,
+    first by a plain normaliser, then by math-verify in a process that is killed if it takes too long.
+    """
 
-    answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
+    train: str
+    validation: str = ""  # a source of its own; without one a tenth of the questions, by hash, is kept for validation
+    verify: str = "exact"
+
+    sketch_tokens, solution_tokens = 96, 1024
+    sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        self.name = f"jsonl-{Path(self.path).stem}"
-        records = read_records(self.path)
-        if self.validation:
-            held_out = read_records(self.validation)
-            asked = {question for question, _ in held_out}
-            self.records = {"train": [r for r in records if r[0] not in asked], "validation": held_out}
-        else:
-            self.records = {"train": [], "validation": []}
-            for record in records:
-                self.records["validation" if share_of(record[0]) < 0.1 else "train"].append(record)
+        self.name, self.judge = "math" if self.verify == "math" else f"jsonl-{Path(self.train).stem}", Judge("math")
+        if self.verify not in ("exact", "math"):
+            raise ValueError(f"verify {self.verify!r}: must be 'exact' or 'math'")
+        if self.verify == "math":
+            self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
+            if not importlib.util.find_spec("math_verify"):
+                raise ValueError("verify 'math' needs the package math-verify; install it with pip")
+        every, held_out = read_records(self.train), read_records(self.validation) if self.validation else []
+        asked = {r.question for r in held_out} or {r.question for r in every if share_of(r.question) < 0.1}
+        self.records = {"train": [r for r in every if r.question not in asked]}
+        self.records["validation"] = held_out or [r for r in every if r.question in asked]
         for split, found in self.records.items():
             if not found:
-                rule = f"{len(records)} records leave none for {split}; give more, or the option validation=<file>"
-                raise ValueError(f"{self.path}: {rule}")
-        self.tiny_tokens = dict(sketch=8, solution=3 + max(len(answer.split()) for _, answer in records))
+                rule = f"{len(every)} records leave none for {split}; give more, or the option validation=<source>"
+                raise ValueError(f"{self.train}: {rule}")
+        self.tiny_tokens = dict(sketch=16, solution=5 + max(len(f"{r.worked} {r.answer}".split()) for r in every))
 
     @cached_property
     def words(self):
-        texts = [text for records in self.records.values() for record in records for text in record]
-        return sorted({word for text in [*texts, "<answer> </answer> answer directly"] for word in text.split()})
+        shown = [self.demonstrate(Problem(0, r.question, r), random) for rs in self.records.values() for r in rs]
+        texts = (text for problem, sketches, turns in shown for text in (problem.text, *sketches, *turns))
+        return sorted({word for text in texts for word in text.split()})
 
-    def problems(self, split, seed):
+    def count(self, split):
+        return len(self.records[split])
+
+    def make(self, split, seed, i):
         """The records of a split, shuffled anew for each epoch."""
-        check_split(split)
-        records = self.records[split]
-
-        def make(i):
-            epoch, at = divmod(i, len(records))
-            order = random.Random(f"{self.name} {split} {seed} {epoch}").sample(range(len(records)), len(records))
-            return Problem(i, *records[order[at]])
-
-        return Problems(make, len(records))
+        epoch, at = divmod(i, self.count(split))
+        record = self.records[split][shuffled(self.count(split), f"{self.name} {split} {seed} {epoch}")[at]]
+        return Problem(i, record.question, record)
 
     def score(self, data, text):
-        answer = extract_answer(text)
-        if not answer:
-            return NOTHING
-        key = " ".join(answer.casefold().split())
-        success = key == " ".join(data.casefold().split())
-        return Outcome(float(success), success, key, True)
-
-    def guess(self, problem, rng):
-        return [f"<answer> {rng.choice(self.records['train'])[1]} </answer>"]
+        if self.verify == "exact":
+            key, right = (" ".join((answer or "").casefold().split()) for answer in (extract_answer(text), data.answer))
+            success = key == right
+        else:
+            answer = extract_final(text) or extract_answer(text) or ""
+            (key, number), (right, right_number) = plain_math(answer), plain_math(data.answer)
+            success = key == right or key != "" and not (number and right_number) and self.judge.ask(right, key) == 1
+        return Outcome(float(success), success, key, True) if key else NOTHING
 
     def demonstrate(self, problem, rng):
-        return Demonstration(problem, ["answer directly"], [f"<answer> {problem.data} </answer>"])
+        """The approach is the first sentence of the worked solution, where there is one."""
+        _, answer, worked = problem.data
+        thought = f"<think> {worked} </think> " if worked else ""
+        final = f"\\boxed{{ {answer} }}" if self.verify == "math" else f"<answer> {answer} </answer>"
+        sketch = " ".join(re.split(r"\. |\n", worked)[0].split()[:15]) or "answer directly"
+        return Demonstration(problem, [sketch], [thought + final])
+
+
+# ------------------------------------------------------------------ verifiers of other libraries, in a killable process
+
+
+class Judge:
+    """A helper process for verifiers whose running time nobody bounds; load_judge(*setup) makes the verifier there.
+
+    The process imports the library once and forks for each question; the kernel's timer kills a fork that takes longer
+    than TIME_LIMIT, whatever it is doing, and a limit on its memory stops the other kind of bomb. The score, in
+    hundredths, is the exit code.
+    """
+
+    TIME_LIMIT, MEMORY_LIMIT, START_LIMIT = 1.5, 4 << 30, 60.0  # seconds, bytes, seconds
+
+    def __init__(self, *setup: str):
+        self.setup, self.process = setup, None
+
+    def ask(self, *question: Any) -> float:
+        """The score of a question, 0 if it was not found in time."""
+        if self.process is None:  # started when first needed
+            command = [sys.executable, __file__, *self.setup]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(command, **pipes)
+        try:
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+            if select.select([self.process.stdout], [], [], self.START_LIMIT)[0]:
+                return int(self.process.stdout.readline()) / 100
+        except (OSError, ValueError):
+            pass
+        self.process.kill()
+        self.process = None
+        return 0.0
+
+
+def serve_judge(*setup: str):
+    """The loop of the helper process: a question as a JSON list per line in, a score from 0 to 100 per line out."""
+    import resource
+
+    judge = load_judge(*setup)
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            score, null = 0.0, os.open(os.devnull, os.O_RDWR)
+            try:
+                for stream in range(3):
+                    os.dup2(null, stream)
+                resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
+                signal.setitimer(signal.ITIMER_REAL, Judge.TIME_LIMIT)
+                score = judge(*json.loads(line))
+            finally:
+                os._exit(round(100 * min(1.0, max(0.0, score))))  # no clean-up, no traceback: a copy of the server
+        _, status = os.waitpid(child, 0)
+        print(max(0, os.waitstatus_to_exitcode(status)), flush=True)
+
+
+def load_judge(library: str, *config: str) -> Callable[..., float]:
+    if library == "gym":
+        dataset = load_gym(*config)
+        return lambda index, answer: dataset.score_answer(answer, dataset[index])
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    def equivalent(right, answer):
+        # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
+        options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+        sides = [parse(f"${text}$", **options) for text in (right, answer)]
+        return float(all(sides) and verify(*sides, timeout_seconds=None))
+
+    equivalent("\\frac{1}{2}", "0.5")  # fills the caches of the parser before the first fork
+    return equivalent
+
+
+def load_gym(name: str, config: str) -> Any:
+    from reasoning_gym import create_dataset
+
+    return create_dataset(name, seed=0, size=2**30, **json.loads(config))
+
+
+def executes_text(cls: type) -> str | None:
+    """The first call in the modules behind a reasoning-gym data set that runs text as a program, or None."""
+    near = [sys.modules[base.__module__] for base in cls.__mro__]
+    used = {getattr(value, "__module__", "") or "" for module in near for value in vars(module).values()}
+    for name in sorted({cls.__module__, *(name for name in used if name.startswith("reasoning_gym."))}):
+        runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b"
+        if call := re.search(runs, inspect.getsource(sys.modules[name])):
+            return f"{call[0].rstrip('(')} in {name}"
+    return None
+
+
+@dataclass
+class Gym(Task):
+    """A data set of reasoning-gym, scored by its own verifier in a killable process. Its options are those of the data
+    set. One whose code may run text as a program is refused. There is no closed vocabulary for the tiny policy.
+    """
+
+    source: str
+    config: dict[str, Any]
+    solution_tokens = 1024
+
+    def __post_init__(self):
+        self.name = f"gym-{self.source}"
+        try:
+            from reasoning_gym.factory import DATASETS
+        except ImportError:
+            raise ValueError(f"task {self.name}: needs the package reasoning-gym; install it with pip") from None
+        if self.source not in DATASETS:
+            raise ValueError(f"task gym:{self.source}: must be one of gym: {', '.join(sorted(DATASETS))}")
+        cls, config_cls = DATASETS[self.source]
+        if reason := executes_text(cls):
+            raise ValueError(f"task gym:{self.source}: refused, for its code may run text as a program ({reason})")
+        setup = self.source, json.dumps(check_options(f"gym:{self.source}", config_cls, self.config, {"seed", "size"}))
+        try:
+            self.dataset, self.judge = load_gym(*setup), Judge("gym", *setup)
+        except Exception as error:  # its data sets assert, or raise what they like
+            raise ValueError(f"task gym:{self.source} with {setup[1]}: {error}") from None
+
+    def draw(self, rng, keep):
+        index = rng.getrandbits(30)
+        entry = self.dataset[index]
+        return (entry["question"], (index, str(entry["answer"]))) if keep(entry["question"]) else None
+
+    def score(self, data, text):
+        index, right = data
+        if not (answer := extract_answer(text)):
+            return NOTHING
+        reward = 1.0 if answer == right.strip() else self.judge.ask(index, answer)
+        return Outcome(reward, reward == 1.0, " ".join(answer.split()), True)
+
+    def demonstrate(self, problem, rng):
+        return Demonstration(problem, ["answer directly"], [f"<answer> {problem.data[1]} </answer>"])
 
 
 # ---------------------------------------------------------------------------------------------------------- make a task
 
-TASKS = {
-    "synthetic": Synthetic,
-    "countdown": Countdown,
-    "sokoban": Sokoban,
-    "frozenlake": FrozenLake,
-    "sudoku": Sudoku,
-}
-
-
-def load_class(spec: str) -> type:
-    """`path/to/file.py:ClassName`, a task of the user's own."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"task {spec!r}: there is no file {path!r}; give path/to/file.py:ClassName")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not inspect.isclass(getattr(module, name, None)):
-        raise ValueError(f"task {spec!r}: {path} defines no class {name!r}")
-    return getattr(module, name)
+TASKS = {task.name: task for task in (Synthetic, Countdown, Sokoban, FrozenLake, Sudoku)}
+GSM8K = dict(train="openai/gsm8k:main:train", validation="openai/gsm8k:main:test", verify="math")
+TASKS["math"] = partial(Records, **GSM8K)
 
 
 def make_task(name: str, **options) -> Task:
-    """A task by name: one of TASKS, jsonl:<path>, or path/to/file.py:ClassName. Raises ValueError that lists the names
-    for an unknown name, and the options for an unknown option.
+    """A task by name: one of TASKS, jsonl:<path>, gym:<data set> or path/to/file.py:ClassName. ValueError lists the
+    names for an unknown name, and the options for an unknown option.
 
     >>> make_task("countdown", difficulty="easy").problems("train", seed=0)[0].text.split()[0]
     'Numbers:'
     """
-    if name.startswith("jsonl:"):
-        cls, options = Records, {"path": name.removeprefix("jsonl:"), **options}
-    elif re.search(r"\.py:\w+$", name):
-        cls = load_class(name)
+    kind, _, source = name.rpartition(":") if re.search(r"\.py:\w+$", name) else name.partition(":")
+    if kind == "gym" and source:
+        return Gym(source, options)
+    if kind == "jsonl" and source:
+        cls, options = Records, {"train": source, **options}
+    elif kind.endswith(".py"):
+        cls = load_class(kind, source)
     elif name in TASKS:
         cls = TASKS[name]
     else:
-        raise ValueError(f"task {name!r}: must be one of {', '.join(TASKS)}, jsonl:<path>, path/to/file.py:ClassName")
-    parameters = inspect.signature(cls).parameters
+        rule = f"must be one of {', '.join(TASKS)}, jsonl:<path>, gym:<data set>, path/to/file.py:ClassName"
+        raise ValueError(f"task {name!r}: {rule}")
+    return cls(**check_options(name, cls, options))
+
+
+def load_class(path: str, name: str) -> type:
+    """A task of the user's own."""
+    if not Path(path).is_file():
+        raise ValueError(f"task {path}:{name}: there is no such file; give path/to/file.py:ClassName")
+    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ValueError(f"task {path}:{name}: the file defines no class {name!r}")
+    return getattr(module, name)
+
+
+def check_options(name: str, cls: Callable, options: dict[str, Any], hidden: Set[str] = frozenset()) -> dict[str, Any]:
+    """The options of a task by the signature of its class; a command line's text becomes the type of the default."""
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.name not in hidden}
+    checked = dict(options)
     for option, value in options.items():
-        if option not in parameters:
-            raise ValueError(f"task {name!r} has no option {option!r}: it has {', '.join(parameters) or 'none'}")
-        options[option] = coerce(name, option, value, parameters[option].default)
-    return cls(**options)
-
-
-def coerce(name: str, option: str, value: Any, default: Any) -> Any:
-    """An option given as text on a command line becomes the type of its default."""
-    if not isinstance(value, str) or default is inspect.Parameter.empty or isinstance(default, str):
-        return value
-    try:
-        return {"true": True, "false": False}[value.lower()] if isinstance(default, bool) else type(default)(value)
-    except (ValueError, KeyError):
-        raise ValueError(f"task {name!r}, option {option} = {value!r}: must be {type(default).__name__}") from None
+        if option not in defaults:
+            raise ValueError(f"task {name!r} has no option {option!r}: it has {', '.join(defaults) or 'none'}")
+        kind = type(defaults[option])
+        if isinstance(value, str) and kind in (bool, int, float):
+            try:
+                checked[option] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            except (ValueError, KeyError):
+                raise ValueError(f"task {name!r}, option {option}={value!r}: must be {kind.__name__}") from None
+    return checked
 
 
 def show(task: Task, n: int = 3, seed: int = 0) -> None:
-    """Print n problems, each with a demonstration and a random guess, and what they earn."""
+    """Print n problems, each with a demonstration and a wrong answer, and what they earn."""
     rng = random.Random(seed)
-    for demonstration in islice(task.demonstrations(rng), n):
-        problem = demonstration.problem
+    for problem, sketches, turns in islice(task.demonstrations(rng), n):
         print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", sep="\n")
-        print(*(f"  {sketch}" for sketch in demonstration.sketches), sep="\n")
-        right = demonstration.turns or demonstration.sketches[:1]
-        for kind, turns in ("demonstration", right), ("random guess", task.guess(problem, rng)):
-            print(f"{kind}: {' ... '.join(turns)}\n  {play(task, problem, turns)}")
+        print(*(f"  {sketch}" for sketch in sketches), sep="\n")
+        guesses = (task.guess(problem, rng) or ["<answer> I do not know </answer>"] for _ in range(100))
+        wrong = next((guess for guess in guesses if not play(task, problem, guess).success), [""])
+        for kind, texts in ("demonstration", turns or sketches[:1]), ("a wrong answer", wrong):
+            print(f"{kind}: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
+
+
+if __name__ == "__main__":
+    serve_judge(*sys.argv[1:])

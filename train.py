@@ -141,7 +141,7 @@ class Config:
     kl_type: Literal["exact", "k1", "k2", "k3"] = "exact"
     """sum over the vocabulary, or an estimate from the sampled token (rl.kl_estimate says what each is worth)"""
     reference: str | None = None
-    """model of the KL term; the one that training starts from if not given"""
+    """model of the KL term (tiny, a hub id, a folder, a .gguf file); the one that training starts from if not given"""
     entropy_coef: float = 0.0
     """weight of an entropy bonus"""
     is_cap: float = 2.0
@@ -189,15 +189,15 @@ class Config:
 
 # What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's.
 ANSWERS = dict(
-    steps=400, problems_per_step=16, num_sketches=16, sketch_context="keep", advantage_scale="none", repeats="zero",
-    rarity=0.5, kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, warm_start_steps=1200, eval_samples=1000,
+    steps=300, problems_per_step=16, num_sketches=16, sketch_context="keep", advantage_scale="none", repeats="zero",
+    rarity=0.5, kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, warm_start_steps=1000, eval_samples=1000,
 )  # fmt: skip
 TWO_STAGE = dict(
     steps=200, problems_per_step=8, num_sketches=16, sketch_context="drop", advantage_scale="std", repeats="full",
     rarity=0.0, kl_coef=0.001, kl_coef_end=None, learning_rate=1e-4, warm_start_steps=1500, eval_samples=16,
 )  # fmt: skip
 GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0)
-PRETRAINED = dict(learning_rate=1e-6, warm_start_steps=0)
+PRETRAINED = dict(learning_rate=1e-6)
 
 
 class UserError(ValueError):
@@ -208,51 +208,41 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked: value, rule, remedy."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= (GRPO if config.method == "grpo" else {}) | (PRETRAINED if config.model != "tiny" else {})
-    defaults["output_dir"] = (
-        f"runs/{''.join(c if c.isalnum() else '_' for c in config.task)}-{config.method}-{config.seed}"
-    )
-    config = dataclasses.replace(
-        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
-    )
+    name = "".join(c if c.isalnum() else "_" for c in config.task)
+    defaults |= dict(output_dir=f"runs/{name}-{config.method}-{config.seed}")
+    config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     answers = config.num_sketches * config.num_solutions
-    config = dataclasses.replace(
-        config,
-        group_size=answers if config.group_size is None else config.group_size,
-        kl_coef_end=config.kl_coef if config.kl_coef_end is None else config.kl_coef_end,
-    )
-    positive = (
-        "problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens learning_rate "
-        "warmup_steps max_grad_norm eval_problems eval_samples warm_start_batch warm_start_lr tiny_width tiny_layers "
-        "keep_checkpoints max_rows sample_every temperature is_cap pass_k"
-    )
-    for name in positive.split():
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must be above 0")
-    for name in ("max_sketch_tokens", "max_new_tokens", "cache_gb"):
-        if getattr(config, name) is not None and getattr(config, name) <= 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must be above 0; leave it out for the default")
-    nonnegative = "steps seed kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay eval_every "
-    for name in (nonnegative + "checkpoint_every warm_start_steps eval_temperature show").split():
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)}: must be 0 or more")
-    size = config.group_size if config.method == "grpo" else answers
-    if size < 2:
-        what = "group_size" if config.method == "grpo" else "num_sketches * num_solutions"
-        raise UserError(f"{what} is {size}: a group of one has nothing to be compared with; make it 2 or more")
-    if config.minibatches > config.problems_per_step:
-        raise UserError(
-            f"--minibatches {config.minibatches}: at most the {config.problems_per_step} problems of a step"
-        )
-    if not 0 < config.top_p <= 1:
-        raise UserError(f"--top_p {config.top_p}: must be above 0 and at most 1")
-    if config.top_p < 1 and not config.eval_only:
-        raise UserError(f"--top_p {config.top_p}: the loss trains the whole distribution; use it with --eval_only")
-    if config.advantage_scale == "passk" and config.pass_k > size:
-        raise UserError(f"--pass_k {config.pass_k}: at most the {size} answers of a group")
-    if chain_credit(config, task) and config.advantage_scale not in ("none", "std"):
-        raise UserError(f"--advantage_scale {config.advantage_scale}: chains of guesses take none or std")
-    if chain_credit(config, task) and config.baseline == "position" and config.problems_per_step < 2:
-        raise UserError("--baseline position compares chains: make --problems_per_step 2 or more")
+    derived = dict(group_size=answers, kl_coef_end=config.kl_coef)
+    config = dataclasses.replace(config, **{k: v for k, v in derived.items() if getattr(config, k) is None})
+
+    positive = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens learning_rate
+        warmup_steps max_grad_norm eval_problems eval_samples warm_start_batch warm_start_lr tiny_width tiny_layers
+        keep_checkpoints max_rows sample_every temperature is_cap pass_k max_sketch_tokens max_new_tokens cache_gb"""
+    not_negative = """steps seed kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay eval_every
+        checkpoint_every warm_start_steps eval_temperature show"""
+    grpo, chains = config.method == "grpo", chain_credit(config, task)
+    size = config.group_size if grpo else answers
+    sized = "--group_size" if grpo else "--num_sketches times --num_solutions"
+    alone = chains and config.baseline == "position" and config.problems_per_step < 2
+    for name in positive.split() + not_negative.split():
+        value = getattr(config, name)
+        if value is not None and (value < 0 or value == 0 and name in positive):
+            raise UserError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
+    for wrong, line in (
+        (size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"),
+        (config.minibatches > config.problems_per_step, f"--minibatches {config.minibatches}: at most the number of "
+         f"problems in a step, {config.problems_per_step}"),
+        (not 0 < config.top_p <= 1, f"--top_p {config.top_p}: must be above 0 and at most 1"),
+        (config.top_p < 1 and not config.eval_only, f"--top_p {config.top_p}: the loss trains the whole distribution; "
+         "leave it at 1, or use it with --eval_only"),
+        (config.advantage_scale == "passk" and config.pass_k > size, f"--pass_k {config.pass_k}: at most the {size} "
+         "answers of a group"),
+        (chains and config.advantage_scale not in ("none", "std"), f"--advantage_scale {config.advantage_scale}: "
+         "guesses in a chain take none or std"),
+        (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(line)
     return config
 
 
@@ -461,7 +451,11 @@ def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
     return load_policy(str(cache), task, config.prompts)
 
 
-def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) -> Iterator[sesa.TrainingSequence]:
+def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
+    return warm_start(config, task, ranks) if name == "tiny" else load_policy(name, task, config.prompts)
+
+
+def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) -> Iterator[rl.TrainingSequence]:
     """The conversations of `count` demonstrations, as rows to be learnt by heart."""
     explorer = sesa.Explorer(None, task, policy.chat(), policy.prompts)
     demonstrations = task.demonstrations(random.Random(seed))
@@ -487,7 +481,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
             group["lr"] = rl.learning_rate(step, steps, min(50, steps), config.warm_start_lr, "cosine")
         total = sum(len(row.targets) for row in taken)
         loss = 0.0
-        for micro in micro_batches(taken, config.micro_batch_tokens):
+        for micro in rl.micro_batches(taken, config.micro_batch_tokens):
             hidden, targets = hidden_states(model, micro, device)
             logits = F.linear(hidden, model.get_output_embeddings().weight)  # [N, V]
             part = F.cross_entropy(logits, targets, reduction="sum") / total
@@ -503,19 +497,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
 # Update
 
 
-def micro_batches(rows: Sequence, budget: int) -> Iterator[list]:
-    """Rows by length, in batches of at most `budget` tokens with padding; a longer row is a batch of its own."""
-    batch = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and len(batch[0].ids) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def hidden_states(model: nn.Module, rows: Sequence[sesa.TrainingSequence], device) -> tuple[Tensor, Tensor]:
+def hidden_states(model: nn.Module, rows: Sequence[rl.TrainingSequence], device) -> tuple[Tensor, Tensor]:
     """(hidden [N, H], targets [N]) of the rows' target tokens, row after row.
 
     Rows are padded on the right, where causal attention never looks from the left: no mask is needed, and no pad id
@@ -537,7 +519,7 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def old_log_probs(model, rows: Sequence, config: Config, device) -> None:
     """Set row.old_logps: of the policy before the updates of this rollout, in the context of the loss."""
-    for micro in micro_batches(rows, config.micro_batch_tokens):
+    for micro in rl.micro_batches(rows, config.micro_batch_tokens):
         hidden, targets = hidden_states(model, micro, device)
         stats = kernels.linear_token_stats(hidden, head(model, hidden), targets, **distribution(model, config))
         for row, logps in zip(micro, stats.logp.split([len(row.targets) for row in micro]), strict=True):
@@ -552,7 +534,7 @@ def distribution(model: nn.Module, config: Config) -> dict:
 def update(
     policy: nn.Module,
     reference: nn.Module | None,
-    rows: list[tuple[int, sesa.TrainingSequence]],
+    rows: list[tuple[int, rl.TrainingSequence]],
     config: Config,
     optimizer: torch.optim.Optimizer,
     kl_coef: float,
@@ -565,8 +547,8 @@ def update(
     once per minibatch; micro-batches only add up.
     """
     policy.train()
-    weigh = config.sketch_context == "is"
-    if config.minibatches > 1 or weigh:
+    is_options = dict(cap=config.is_cap, level=config.is_level) if config.sketch_context == "is" else None
+    if config.minibatches > 1 or is_options:
         old_log_probs(policy, [row for _, row in rows], config, ranks.device)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     clips = dict(clip_low=config.clip_low, clip_high=config.clip_high)
@@ -574,28 +556,29 @@ def update(
     sums, norms = Counter(), []
     for b in range(config.minibatches):
         mine = [row for place, row in rows if place % config.minibatches == b]
-        set_token_weights(mine, config.loss_type, max_tokens, ranks)
+        rl.set_token_weights(mine, config.loss_type, max_tokens, ranks.sum)
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        for micro in micro_batches(mine, config.micro_batch_tokens):
-            extras, sampled = loss_inputs(micro, config, ranks.device)
-            first = [] if len(extras) > 2 else [None]  # no old log-probs: the ratio is 1
+        for micro in rl.micro_batches(mine, config.micro_batch_tokens):
+            inputs, sampled = rl.loss_inputs(micro, ranks.device, is_options)
             hidden, targets = hidden_states(policy, micro, ranks.device)  # [N, H], [N]
             with torch.no_grad():
                 ref = None if reference is None else hidden_states(reference, micro, ranks.device)[0]  # [N, H]
+            # The loss is computed in chunks of tokens: what is None is bound here, what is [N] is cut like the tokens.
+            fixed, extras = ([None], inputs[1:]) if inputs[0] is None else ([], inputs)
             loss, stats = kernels.linear_policy_loss(
                 hidden,
                 head(policy, hidden),
                 targets,
-                lambda stats, *extras, first=first: rl.policy_loss(stats, *first, *extras, **options),
+                lambda stats, *extras, fixed=fixed: rl.policy_loss(stats, *fixed, *extras, **options),
                 extras,
                 ref,
                 None if reference is None else head(reference, ref),
                 **distribution(policy, config),
             )
             loss.backward()
-            metrics = rl.update_metrics(stats, *first, *extras, **clips)
-            shift = (extras[0] if len(extras) > 2 else stats.logp) - sampled  # [N]
+            metrics = rl.update_metrics(stats, *inputs, **clips)
+            shift = (stats.logp if inputs[0] is None else inputs[0]) - sampled  # [N]
             metrics |= {"sampling/logp_difference": shift.abs().sum(), "sampling/logp_shift": shift.sum()}
             sums.update({name: float(value) for name, value in metrics.items()} | dict(loss=loss.item()))
         ranks.sum_gradients(parameters)
@@ -604,30 +587,6 @@ def update(
     sums = ranks.sum(dict(sums))
     loss = sums.pop("loss") / config.minibatches
     return dict(loss=loss, grad_norm=sum(norms) / len(norms)) | rl.mean_metrics(sums)
-
-
-def set_token_weights(rows: Sequence[sesa.TrainingSequence], loss_type: str, max_tokens: int, ranks: Ranks) -> None:
-    """Set row.token_weights, from counts over all ranks: of the rows in their own context, and of those without it."""
-    for on_policy in (True, False):
-        mine = [row for row in rows if row.on_policy == on_policy]
-        lengths = torch.tensor([len(row.targets) for row in mine], dtype=torch.long)
-        total = ranks.sum(dict(num_sequences=len(mine), num_tokens=int(lengths.sum())))
-        weights = rl.token_weights(lengths, loss_type, **total, max_new_tokens=max_tokens)  # [N]
-        for row, part in zip(mine, weights.split(lengths.tolist()), strict=True):
-            row.token_weights = row.weight * part
-
-
-def loss_inputs(rows: Sequence[sesa.TrainingSequence], config: Config, device) -> tuple[list[Tensor], Tensor]:
-    """([old_logp,] advantages, weights [, is_weight]), as rl.policy_loss takes them, and the sampled log-probs; [N]."""
-    lengths = torch.tensor([len(row.targets) for row in rows], device=device)
-    sampled = torch.tensor([x for row in rows for x in row.sampled_logps], device=device)  # [N]
-    extras = [torch.tensor([x for row in rows for x in row.advantages], device=device)]  # [N]
-    extras.append(torch.cat([row.token_weights for row in rows]).to(device))  # [N]
-    if rows[0].old_logps is not None:
-        extras.insert(0, torch.cat([row.old_logps for row in rows]))  # [N]
-        if config.sketch_context == "is":
-            extras.append(rl.importance_weight(extras[0], sampled, config.is_cap, config.is_level, lengths))  # [N]
-    return extras, sampled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -791,7 +750,7 @@ class Run:
         """{"iid": metrics, "sequential": metrics} on validation problems, the same ones at every evaluation."""
         config, task = self.config, self.task
         problems = task.problems("validation", 0)
-        problems = problems[: min(config.eval_problems, len(problems))]
+        problems = [problems[i] for i in range(min(config.eval_problems, len(problems)))]
         sampling = dict(temperature=config.eval_temperature, top_p=config.top_p)
         answers = config.num_sketches * config.num_solutions
         n = config.eval_samples
@@ -843,13 +802,13 @@ class Run:
                 last = step + 1 == config.steps or stop.asked()
                 if last or config.eval_every and (step + 1) % config.eval_every == 0:
                     row["eval"] = state["last"] = self.evaluate(step + 1)
-                    score = headline(state["last"])
+                    score = sesa.headline(state["last"])
                     if score > state["best"]:
                         state |= dict(best=score, best_step=step + 1)
                 state["seconds"] = earlier + time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
                 if step % config.sample_every == 0 or last:
-                    folder.append("samples.jsonl", *(sample_record(step + 1, g) for g in groups[:2]))
+                    folder.append("samples.jsonl", *(sesa.sample_record(step + 1, g) for g in groups[:2]))
                 if last or config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
                     folder.save(self.policy, optimizer, state)
                 progress.set_postfix(
@@ -867,7 +826,7 @@ class Run:
         if config.reference is None:
             reference = copy.deepcopy(self.policy.model)
         else:
-            reference = load_policy(config.reference, self.task).model.to(self.ranks.device)
+            reference = starting_policy(config.reference, config, self.task, self.ranks).model.to(self.ranks.device)
         if (
             reference.get_output_embeddings().weight.shape[0]
             != self.policy.model.get_output_embeddings().weight.shape[0]
@@ -949,10 +908,10 @@ class Run:
             peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 1024),
             generated_tokens=state["generated_tokens"],
             unique_found=len(state["found"]),
-            **measures(last),
+            **sesa.measures(last),
             floor=self.task.floor(),
             ceiling=self.task.ceiling(),
-            base=measures(state["base"]),
+            base=sesa.measures(state["base"]),
             evaluation=last,
             versions=versions,
         )
@@ -979,38 +938,6 @@ class StopSignal:
 
     def asked(self) -> bool:
         return any(self.ranks.gather([self.heard]))
-
-
-def headline(evaluation: dict) -> float:
-    """The one number by which checkpoints are compared: the better of the two ways of sampling."""
-    return max(max(e["coverage"].values()) if "coverage" in e else e["avg@n"] for e in evaluation.values())
-
-
-def measures(evaluation: dict) -> dict:
-    """An evaluation in brief: coverage (where there are targets), and reward, valid, pass@k of the plain prompt."""
-    iid = evaluation["iid"]
-    return dict(
-        coverage={kind: e["coverage"] for kind, e in evaluation.items() if "coverage" in e},
-        pass_at_k={kind: e["pass@k"] for kind, e in evaluation.items()},
-        reward=iid["reward"],
-        valid=iid["valid"],
-        success=iid["avg@n"],
-    )
-
-
-def sample_record(step: int, group: sesa.Group) -> dict:
-    """A group as a person reads it: its sketches, and what was written with which reward."""
-    solutions = [
-        dict(
-            sketch=t.sketch,
-            text=t.texts,
-            reward=t.rewards,
-            advantage=t.advantages,
-            success=[o.success for o in t.outcomes],
-        )
-        for t in group.trajectories
-    ]
-    return dict(step=step, problem=group.problem.text, sketches=group.sketches, solutions=solutions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1087,9 +1014,8 @@ def show(config: Config, task: tasks.Task) -> None:
     prompts = load_prompts(config.prompts) if config.prompts else sesa.Prompts()
     explorer = sesa.Explorer(None, task, chat, prompts)
     for name in ("direct", "sketch", "next", "solve"):
-        print(
-            f"--- prompt '{name}'\n{explorer.text(getattr(prompts, name), problem=problem.text, sketch='<the sketch>')}\n"
-        )
+        text = explorer.text(getattr(prompts, name), problem=problem.text, sketch="<the sketch>")
+        print(f"--- prompt '{name}'\n{text}\n")
 
 
 def report(summary: dict, config: Config) -> None:
@@ -1115,9 +1041,7 @@ def main(config: Config) -> None:
     torch.manual_seed(config.seed)
     folder = RunFolder(config, ranks)
     state = folder.open()
-    policy = (
-        warm_start(config, task, ranks) if config.model == "tiny" else load_policy(config.model, task, config.prompts)
-    )
+    policy = starting_policy(config.model, config, task, ranks)
     run = Run(config, task, policy, ranks)
     if config.eval_only:
         began, found = time.perf_counter(), run.evaluate(0)

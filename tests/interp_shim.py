@@ -9,7 +9,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-ARITHMETIC = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_maxnumf", "create_minnumf", "create_fma")
+ARITHMETIC = ("create_fadd", "create_fsub", "create_fmul", "create_fdiv", "create_maxnumf", "create_minnumf")
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
