@@ -123,7 +123,8 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidd
     -0.6931
     """
     options = _linear_options(hidden, weight, targets, ref_hidden, ref_weight, temperature, softcap, chunk_size, impl)
-    return TokenStats(*_LinearStats.apply(hidden, weight, ref_hidden, ref_weight, targets, options))
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes of the products are chosen in _Head
+        return TokenStats(*_LinearStats.apply(hidden, weight, ref_hidden, ref_weight, targets, options))
 
 
 def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor],
@@ -150,8 +151,9 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn:
     for i, extra in enumerate(extras):
         shape = tuple(extra.shape)
         _require(shape[:1] == targets.shape, f"extras[{i}] has shape {shape}, it must begin with {len(targets)} tokens")
-    loss, *stats = _LinearLoss.apply(hidden, weight, ref_hidden, ref_weight, targets, loss_fn, extras, options,
-                                     torch.is_grad_enabled())
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss, *stats = _LinearLoss.apply(hidden, weight, ref_hidden, ref_weight, targets, loss_fn, extras, options,
+                                         torch.is_grad_enabled())
     return loss, TokenStats(*stats)
 
 
@@ -186,8 +188,8 @@ def _options(temperature, softcap, impl, chunk_size, targets: Tensor, n: int, v:
     # a GPU would have to be waited for: there, a logp of NaN is what gives a wrong id away
     _require(targets.is_cuda or n == 0 or bool(targets.max() < v),
              f"targets holds an id that is not below the vocabulary size {v}: use the model's own tokenizer")
-    # GPUs want products of thousands of tokens; on a CPU 64 MB of logits are enough for a full-speed product
-    chunk_size = chunk_size or (4096 if device.type == "cuda" else max(256, 2**24 // v))
+    # GPUs want products of thousands of tokens; for a CPU 512 are enough, or 8 MB of logits
+    chunk_size = chunk_size or (4096 if device.type == "cuda" else max(512, 2**21 // v))
     return _Options(float(temperature), float(softcap), _choose(impl, device), chunk_size)
 
 

@@ -230,6 +230,7 @@ class Sampler:
                     if all(draft.finish_reason for draft in job.drafts):
                         waiting.extend(self._resume(job, [draft.completion() for draft in job.drafts]))
         except BaseException:
+            self._forward = None
             for draft in [draft for job in jobs for draft in job.drafts]:
                 draft.leaf.busy = False
             for job in jobs:
@@ -267,7 +268,7 @@ class Sampler:
         for params, members in active.groups:
             drafts = [active.drafts[i] for i in members]
             states = hidden if len(active.groups) == 1 else hidden[members]
-            drawn = draw_tokens(self._head(states), _next_uniforms(drafts), params, self._softcap)
+            drawn = draw_tokens(self._head(states), _next_uniforms(drafts, states.device), params, self._softcap)
             tokens, logps = (values.tolist() for values in drawn)
             if not math.isfinite(sum(logps)):
                 raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
@@ -455,22 +456,22 @@ def draw_tokens(logits: Tensor, u: Tensor, params: SamplingParams, softcap: floa
     >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
     ([1], [0.7])
     """
-    vocab, temperature, tokens, logps = logits.shape[-1], params.temperature, [], []
-    rows = max(1, 2**18 // vocab)  # a few at a time: the fp64 sums of all rows would not stay in a CPU's cache
-    for some, uniform in zip(logits.split(rows), u.to(logits.device).split(rows), strict=True):
-        scores = scaled_logits(some, temperature or 1.0, softcap)  # [r, V]
-        if temperature and (params.top_k or params.top_p < 1 or params.min_p):
-            scores = truncate(scores, params.top_p, params.top_k, params.min_p)
-        probs = scores.softmax(-1)
-        if temperature:
-            running = probs.cumsum(-1, dtype=torch.float64)
-            token = torch.searchsorted(running, uniform[:, None] * running[:, -1:], right=True)
-            token.clamp_(max=vocab - 1)  # only for a row of nan, which the caller refuses
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        tokens.append(token.squeeze(-1))
-        logps.append(probs.gather(-1, token).squeeze(-1).log())
-    return torch.cat(tokens), torch.cat(logps)  # [R], [R]
+    rows = max(1, 2**18 // logits.shape[-1])  # the fp64 sums of more rows would not stay in a CPU's cache
+    if len(logits) > rows:
+        parts = [draw_tokens(logits[i : i + rows], u[i : i + rows], params, softcap) for i in range(0, len(logits), rows)]
+        ids, logps = zip(*parts, strict=True)
+        return torch.cat(ids), torch.cat(logps)
+    scores = scaled_logits(logits, params.temperature or 1.0, softcap)  # [R, V]
+    if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):
+        scores = truncate(scores, params.top_p, params.top_k, params.min_p)
+    probs = scores.softmax(-1)
+    if params.temperature:
+        running = probs.cumsum(-1, dtype=torch.float64)
+        ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
+        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
+    else:
+        ids = scores.argmax(-1, keepdim=True)
+    return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
 
 
 def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
@@ -514,14 +515,14 @@ def uniforms(seeds: Sequence[int], first: Sequence[int], count: int) -> Tensor:
     return (bits.double() + 0.5) * 2.0**-48
 
 
-def _next_uniforms(drafts: list[_Draft], block: int = 32) -> Tensor:
+def _next_uniforms(drafts: list[_Draft], device: torch.device, block: int = 32) -> Tensor:
     """The next number of every draft, fp64 [R]; they are made 32 at a time."""
     used_up = [draft for draft in drafts if len(draft.ids) == len(draft.uniforms)]
     if used_up:
         fresh = uniforms([draft.seed for draft in used_up], [len(draft.ids) for draft in used_up], block)
         for draft, numbers in zip(used_up, fresh.tolist(), strict=True):
             draft.uniforms += numbers
-    return torch.tensor([draft.uniforms[len(draft.ids)] for draft in drafts], dtype=torch.float64)
+    return torch.tensor([draft.uniforms[len(draft.ids)] for draft in drafts], dtype=torch.float64, device=device)
 
 
 _GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -695,7 +696,7 @@ class _Forward:
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
-        if leaves is not self.leaves or self.room == 0:
+        if leaves != self.leaves or self.room == 0:
             return False
         self.room -= 1
         self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]

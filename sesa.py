@@ -130,7 +130,7 @@ class Chat:
                 "use a model with another template, or --method grpo on a single-turn task"
             )
         ids = self.encode(tail[1].lstrip())
-        return ids[1:] if ids and ids[0] in self.stop_ids else ids
+        return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(tail[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,8 +397,9 @@ class Explorer:
 def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter | None = None, rarity: float = 0.0):
     """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes).
 
-    repeats="zero": what has the key of an earlier outcome of the same list earns 0 and is no success. With counts (for
-    each key, how many groups of the batch found it), a success is worth counts[key] ** -rarity of its reward.
+    repeats="zero": what has the key of an earlier outcome of the same list is no success, and earns 0 or its penalty.
+    With counts (for each key, how many groups of the batch found it), a success is worth counts[key] ** -rarity of its
+    reward.
 
     >>> hit = Outcome(1.0, True, "a", True)
     >>> earned([hit, hit], "zero", Counter(a=4), rarity=0.5)
@@ -408,7 +409,7 @@ def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter |
     for outcome in outcomes:
         repeat = repeats == "zero" and outcome.key is not None and outcome.key in seen
         share = counts[outcome.key] ** -rarity if counts and outcome.success else 1.0
-        rewards.append(0.0 if repeat else outcome.reward * share)
+        rewards.append(min(outcome.reward, 0.0) if repeat else outcome.reward * share)
         successes.append(outcome.success and not repeat)
         seen.add(outcome.key)
     return rewards, successes
@@ -507,7 +508,7 @@ def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "valid": fmean(o.valid for o in outcomes),
         "unique_success": len({o.key for o in outcomes if o.success}),
         "unique_valid": len(set(valid)),
-        "duplicate_rate": 1 - len(set(valid)) / len(valid) if valid else 0.0,
+        "duplicate_rate": (len(valid) - len(set(valid))) / len(valid) if valid else 0.0,
     }
 
 

@@ -34,9 +34,9 @@ from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache, partial
-from itertools import accumulate, count, islice
+from itertools import count, islice
 from math import isqrt
-from operator import eq
+from operator import eq, itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -275,13 +275,8 @@ class Synthetic(Task):
         """Non-repeating guesses from the prior: a chain teaches not to repeat, and knows nothing of the treasures."""
         chain = {}
         while len(chain) < self.chain:
-            missing = self.chain - len(chain)
-            chain.update(dict.fromkeys(rng.choices(self.paths, cum_weights=self.cumulative, k=missing)))
+            chain.update(dict.fromkeys(rng.choices(self.paths, self.prior)))
         return Demonstration(problem, [" ".join(path) for path in chain], [])
-
-    @cached_property
-    def cumulative(self) -> list[float]:
-        return list(accumulate(self.prior))
 
     def floor(self):
         return self.treasures / len(self.paths)
@@ -380,8 +375,8 @@ class Countdown(Task):
     name = "countdown"
     tiny_tokens = dict(sketch=4, solution=20)
     sketch_hint = "the first combination to try: two of the numbers joined by one operation, such as 3 + 5"
-    answer_hint = "Use each number exactly once, with + - * / and brackets. You may think inside <think> </think> first;"
-    answer_hint += " then give the expression, such as <answer> ( 3 + 5 ) * 7 </answer>."
+    answer_hint = "Use each number exactly once, with + - * / and brackets. You may think inside <think> </think>, then"
+    answer_hint += " give the expression, such as <answer> ( 3 + 5 ) * 7 </answer>."
 
     def __post_init__(self):
         if self.difficulty not in DIFFICULTIES:
@@ -710,18 +705,17 @@ class FrozenLake(Grid):
 
 
 @cache
-def sudoku_peers(size: int) -> list[list[int]]:
-    """The other cells in the row, the column and the box of each cell."""
+def sudoku_peers(size: int) -> list[Callable[[Sequence[int]], tuple[int, ...]]]:
+    """For each cell the function that takes the other cells of its row, its column and its box out of a grid."""
     box = isqrt(size)
     places = [(row, col, (row // box, col // box)) for row in range(size) for col in range(size)]
-    return [[b for b, there in enumerate(places) if here != there and any(map(eq, here, there))] for here in places]
+    return [itemgetter(*(b for b, q in enumerate(places) if p != q and any(map(eq, p, q)))) for p in places]
 
 
-def candidates(grid: Sequence[int], cell: int) -> list[int]:
+def candidates(grid: Sequence[int], cell: int) -> set[int]:
     """The numbers that no other cell of its row, column and box holds."""
     size = isqrt(len(grid))
-    taken = {grid[peer] for peer in sudoku_peers(size)[cell]}
-    return [number for number in range(1, size + 1) if number not in taken]
+    return set(range(1, size + 1)).difference(sudoku_peers(size)[cell](grid))
 
 
 def solve_sudoku(grid: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
@@ -730,13 +724,16 @@ def solve_sudoku(grid: Sequence[int], rng: random.Random) -> Iterator[list[int]]
     >>> next(solve_sudoku([1, 0, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 0], random.Random(0)))
     [1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]
     """
-    options = {cell: candidates(grid, cell) for cell, number in enumerate(grid) if not number}
-    if not options:
+    best, options = None, range(len(grid))
+    for cell, number in enumerate(grid):
+        if not number and len(found := candidates(grid, cell)) < len(options):
+            best, options = cell, found
+            if len(found) < 2:
+                break
+    if best is None:
         yield list(grid)
-        return
-    cell = min(options, key=lambda cell: len(options[cell]))
-    for number in rng.sample(options[cell], len(options[cell])):
-        yield from solve_sudoku([*grid[:cell], number, *grid[cell + 1 :]], rng)
+    for number in rng.sample(sorted(options), len(options)) if best is not None else ():
+        yield from solve_sudoku([*grid[:best], number, *grid[best + 1 :]], rng)
 
 
 @dataclass
@@ -977,6 +974,9 @@ class Records(Task):
 # ------------------------------------------------------------------ verifiers of other libraries, in a killable process
 
 
+GYM_PROBLEMS = 20_000  # of a data set, for both splits; some make them all at the start
+
+
 class Judge:
     """A helper process for verifiers whose running time nobody bounds; load_judge(*setup) makes the verifier there.
 
@@ -1012,20 +1012,19 @@ def serve_judge(*setup: str):
     """The loop of the helper process: a question as a JSON list per line in, a score from 0 to 100 per line out."""
     import resource
 
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
     judge = load_judge(*setup)
     for line in sys.stdin:
         if not (child := os.fork()):
-            score, null = 0.0, os.open(os.devnull, os.O_RDWR)
+            score = 0.0
             try:
-                for stream in range(3):
-                    os.dup2(null, stream)
                 resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
                 signal.setitimer(signal.ITIMER_REAL, Judge.TIME_LIMIT)
                 score = judge(*json.loads(line))
             finally:
                 os._exit(round(100 * min(1.0, max(0.0, score))))  # no clean-up, no traceback: a copy of the server
-        _, status = os.waitpid(child, 0)
-        print(max(0, os.waitstatus_to_exitcode(status)), flush=True)
+        print(max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), file=replies, flush=True)
 
 
 def load_judge(library: str, *config: str) -> Callable[..., float]:
@@ -1047,7 +1046,7 @@ def load_judge(library: str, *config: str) -> Callable[..., float]:
 def load_gym(name: str, config: str) -> Any:
     from reasoning_gym import create_dataset
 
-    return create_dataset(name, seed=0, size=2**30, **json.loads(config))
+    return create_dataset(name, seed=0, size=GYM_PROBLEMS, **json.loads(config))
 
 
 def executes_text(cls: type) -> str | None:
@@ -1055,7 +1054,7 @@ def executes_text(cls: type) -> str | None:
     near = [sys.modules[base.__module__] for base in cls.__mro__]
     used = {getattr(value, "__module__", "") or "" for module in near for value in vars(module).values()}
     for name in sorted({cls.__module__, *(name for name in used if name.startswith("reasoning_gym."))}):
-        runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b"
+        runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b|class CompositeDataset"
         if call := re.search(runs, inspect.getsource(sys.modules[name])):
             return f"{call[0].rstrip('(')} in {name}"
     return None
@@ -1089,18 +1088,19 @@ class Gym(Task):
             raise ValueError(f"task gym:{self.source} with {setup[1]}: {error}") from None
 
     def draw(self, rng, keep):
-        index = rng.getrandbits(30)
+        index = rng.randrange(GYM_PROBLEMS)
         entry = self.dataset[index]
-        return (entry["question"], (index, str(entry["answer"]))) if keep(entry["question"]) else None
+        return (entry["question"], (index, entry["answer"])) if keep(entry["question"]) else None
 
     def score(self, data, text):
         index, right = data
         if not (answer := extract_answer(text)):
             return NOTHING
-        reward = 1.0 if answer == right.strip() else self.judge.ask(index, answer)
+        reward = 1.0 if answer == right else self.judge.ask(index, answer)
         return Outcome(reward, reward == 1.0, " ".join(answer.split()), True)
 
     def demonstrate(self, problem, rng):
+        """The reference answer; a few data sets have none, and no demonstration of theirs succeeds."""
         return Demonstration(problem, ["answer directly"], [f"<answer> {problem.data[1]} </answer>"])
 
 
@@ -1164,7 +1164,8 @@ def check_options(name: str, cls: Callable, options: dict[str, Any], hidden: Set
 def show(task: Task, n: int = 3, seed: int = 0) -> None:
     """Print n problems, each with a demonstration and a wrong answer, and what they earn."""
     rng = random.Random(seed)
-    for problem, sketches, turns in islice(task.demonstrations(rng), n):
+    problems = task.problems("train", seed)
+    for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
         print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", sep="\n")
         print(*(f"  {sketch}" for sketch in sketches), sep="\n")
         guesses = (task.guess(problem, rng) or ["<answer> I do not know </answer>"] for _ in range(100))

@@ -28,16 +28,20 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -183,8 +187,8 @@ class Config:
     """steps between the decoded samples in samples.jsonl"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward: less memory, more time"""
-    device: str | None = None
-    """cpu, cuda; the GPU if there is one"""
+    device: Literal["cpu", "cuda"] | None = None
+    """the GPU if there is one"""
 
 
 # What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's.
@@ -204,12 +208,21 @@ class UserError(ValueError):
     """What the user can mend: ends the program with this one line and exit code 2."""
 
 
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around what only fails where the input is wrong: a ValueError of the other modules is for the user to read."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked: value, rule, remedy."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= (GRPO if config.method == "grpo" else {}) | (PRETRAINED if config.model != "tiny" else {})
     name = "".join(c if c.isalnum() else "_" for c in config.task)
-    defaults |= dict(output_dir=f"runs/{name}-{config.method}-{config.seed}")
+    defaults |= dict(output_dir=f"runs/{name}-{config.method}-{config.seed}" + "-eval" * config.eval_only)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     answers = config.num_sketches * config.num_solutions
     derived = dict(group_size=answers, kl_coef_end=config.kl_coef)
@@ -223,6 +236,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     grpo, chains = config.method == "grpo", chain_credit(config, task)
     size = config.group_size if grpo else answers
     sized = "--group_size" if grpo else "--num_sketches times --num_solutions"
+    most_k = min(config.eval_samples, answers)
+    unpaired = config.problems_per_step < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1
     alone = chains and config.baseline == "position" and config.problems_per_step < 2
     for name in positive.split() + not_negative.split():
         value = getattr(config, name)
@@ -239,6 +254,10 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          "answers of a group"),
         (chains and config.advantage_scale not in ("none", "std"), f"--advantage_scale {config.advantage_scale}: "
          "guesses in a chain take none or std"),
+        (not 1 <= min(config.eval_k, default=0) <= most_k, f"--eval_k {config.eval_k}: must be 1 or more, and one of "
+         f"them at most {most_k}, the samples of a problem"),
+        (config.sketches == "placebo" and unpaired, "--sketches placebo takes the sketches of the problem before: needs "
+         "--problems_per_step 2 or more, on one rank"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
     ):  # fmt: skip
         if wrong:
@@ -280,7 +299,7 @@ class Ranks:
     @classmethod
     def start(cls, device: str | None) -> "Ranks":
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+        cuda = torch.cuda.is_available() if device is None else device == "cuda"
         if cuda and not torch.cuda.is_available():
             raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -316,6 +335,12 @@ class Ranks:
             dist.all_reduce(flat)
             for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad.copy_(grad.view_as(p))
+
+    def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give all ranks the values of rank 0."""
+        for p in parameters:
+            if self.size > 1:
+                dist.broadcast(p.data, src=0)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -356,13 +381,13 @@ class Policy:
 def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Policy:
     """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path, options = Path(name), dict(dtype=torch.float32)
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    if looks_local and not path.exists():
-        raise UserError(
-            f"--model {name}: there is no such file or folder; give tiny, a hub id, a folder or a .gguf file"
-        )
+    remedy = "give tiny, a hub id, a folder or a .gguf file"
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
+        raise UserError(f"--model {name}: there is no such file or folder; {remedy}")
     if path.suffix == ".gguf":
         from transformers import GgufConfig
 
@@ -372,16 +397,16 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **files)
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--model {name}: cannot be loaded ({reason}); give a hub id, a folder or a .gguf file"
-        ) from None
+    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--model {name}: cannot be loaded ({reason}); {remedy}") from None
     ours = json.loads((path / "sesa.json").read_text()) if (path / "sesa.json").exists() else {}
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     policy = Policy(model, tokenizer, sesa.Prompts(**ours.get("prompts", {})), ours.get("limits", limits))
     if prompts is not None:
         policy.prompts = load_prompts(prompts)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
     if not policy.stop_ids:
         raise UserError(f"--model {name}: its tokenizer names no end-of-sequence token; set one in its config")
     return policy
@@ -403,29 +428,15 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     words = {word: i for i, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **special)
+    shape = dict(hidden_size=config.tiny_width, intermediate_size=3 * config.tiny_width)
+    shape |= dict(num_hidden_layers=config.tiny_layers, num_attention_heads=max(1, config.tiny_width // 32))
+    shape |= dict(vocab_size=len(words), max_position_embeddings=2048, tie_word_embeddings=True)
+    ends = dict(bos_token_id=None, eos_token_id=words["<eos>"], pad_token_id=words["<pad>"])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed if config.warm_start_steps == 0 else 0)  # one base for all seeds of training
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(words),
-                hidden_size=config.tiny_width,
-                intermediate_size=3 * config.tiny_width,
-                num_hidden_layers=config.tiny_layers,
-                num_attention_heads=max(1, config.tiny_width // 32),
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                bos_token_id=None,
-                eos_token_id=words["<eos>"],
-                pad_token_id=words["<pad>"],
-            )
-        )
+        torch.manual_seed(0)  # one base, whatever the seed of training
+        model = LlamaForCausalLM(LlamaConfig(**shape, **ends))
     prompts = sesa.TINY_PROMPTS if task.two_stage else sesa.TINY_ANSWER_PROMPTS
     return Policy(model, tokenizer, load_prompts(config.prompts) if config.prompts else prompts, dict(task.tiny_tokens))
 
@@ -433,7 +444,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
 def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
     """The tiny policy after maximum likelihood on demonstrations; made once, cached by all that it depends on.
 
-    Rank 0 trains and the others wait, so that all have the same weights.
+    Rank 0 trains it or finds it, and the others get its weights.
     """
     policy = tiny_policy(config, task)
     if config.warm_start_steps == 0:
@@ -443,12 +454,13 @@ def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
     recipe += [str(t.ids) for t in list(demonstration_rows(policy, task, 64, seed=0))]
     key = hashlib.blake2b(json.dumps(recipe, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa" / f"{task.name}-{key}"
-    if not cache.exists():
-        if ranks.rank == 0:
+    if ranks.rank == 0:
+        if not cache.exists():
             demonstrate(config, policy, task, ranks.device)
             write_folder(cache, policy.save)
-        ranks.barrier()
-    return load_policy(str(cache), task, config.prompts)
+        policy.model = load_policy(str(cache), task).model
+    ranks.broadcast(policy.model.to(ranks.device).parameters())
+    return policy
 
 
 def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
@@ -614,14 +626,10 @@ class RunFolder:
         self.path, self.config, self.ranks = Path(config.output_dir), config, ranks
 
     def open(self) -> dict | None:
-        """Make the folder; or, to resume, return the state of its last checkpoint. UserError if that cannot be."""
+        """None for a new run; to resume, the state of the last checkpoint. UserError if that cannot be."""
         if not self.config.resume:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.is_file() or self.path.exists() and any(self.path.iterdir()):
                 raise UserError(f"--output_dir {self.path} exists and is not empty: use --resume, or another folder")
-            self.ranks.barrier()
-            if self.ranks.rank == 0:
-                self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
             return None
         steps = self.checkpoints()
         if not steps:
@@ -629,30 +637,29 @@ class RunFolder:
         folder = self.path / "checkpoints" / f"step_{steps[-1]}"
         try:
             state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
-            saved = state["config"]
+            state["weights"], saved = load_file(folder / "model.safetensors"), state.pop("config")
         except Exception as error:  # a damaged file raises whatever the bytes lead to
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{folder} is damaged ({reason}): remove it to resume from the one before it") from None
         now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        free = (
-            "resume",
-            "output_dir",
-            "steps",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "max_rows",
-            "cache_gb",
-            "device",
-        )
+        free = "resume output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device".split()
         differ = [name for name in now if name not in free and now[name] != saved.get(name)]
         if differ:
             what = ", ".join(f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in differ)
             raise UserError(f"{folder} is from another config ({what}): use the same flags, or another --output_dir")
-        state["folder"] = folder
         if self.ranks.rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 self.cut(name, state["step"])
         return state
+
+    def create(self) -> None:
+        self.ranks.barrier()  # all have seen that it was not there
+        if self.ranks.rank == 0:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror}); give another") from None
+            (self.path / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=1))
 
     def cut(self, name: str, step: int) -> None:
         """Drop the rows after `step`, and a last row that was cut off by a crash."""
@@ -708,19 +715,11 @@ class Run:
         self.chat = policy.chat()
         # On a GPU the weights are fp32 and rollouts run on a bf16 copy of them; on a CPU on the weights themselves.
         self.actor = policy.model if ranks.device.type == "cpu" else copy.deepcopy(policy.model).bfloat16()
-        self.sampler = Sampler(
-            self.actor,
-            policy.stop_ids,
-            policy.tokenizer.pad_token_id,
-            self.chat.decode,
-            config.max_rows,
-            config.cache_gb,
-        )
+        memory = dict(max_rows=config.max_rows, memory_gb=config.cache_gb)
+        self.sampler = Sampler(self.actor, policy.stop_ids, decode=self.chat.decode, **memory)
         self.explorer = sesa.Explorer(self.sampler, task, self.chat, policy.prompts)
-        limits = policy.limits
-        self.limits = dict(
-            sketch=config.max_sketch_tokens or limits["sketch"], solution=config.max_new_tokens or limits["solution"]
-        )
+        given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
+        self.limits = {kind: limit or policy.limits[kind] for kind, limit in given.items()}
 
     def refresh_actor(self) -> None:
         if self.actor is not self.policy.model:
@@ -746,7 +745,7 @@ class Run:
         chained = self.config.method == "sesa" and self.config.sketch_context == "keep"
         return self.limits["sketch"] * (self.config.num_sketches if chained else 1)
 
-    def evaluate(self, step: int) -> dict:
+    def evaluate(self) -> dict:
         """{"iid": metrics, "sequential": metrics} on validation problems, the same ones at every evaluation."""
         config, task = self.config, self.task
         problems = task.problems("validation", 0)
@@ -779,18 +778,17 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        reference = self.make_reference(state)
+        reference = self.make_reference()
         if state is None:
             state = dict(step=0, seconds=0.0, generated_tokens=0, found=[], best_step=0, best=-1.0, last=None)
-            state["base"] = state["last"] = self.evaluate(0)
-            folder.append("metrics.jsonl", dict(step=0, eval=state["base"]))
+            with user_errors():  # such as a prompt that is too long
+                state["base"] = state["last"] = self.evaluate()
         else:
             self.load_weights(state, optimizer)
         earlier = state["seconds"]
         problems = self.task.problems("train", config.seed)
-        progress = tqdm(
-            range(state["step"], config.steps), config.method, disable=None if self.ranks.rank == 0 else True
-        )
+        quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
+        progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
         with StopSignal(self.ranks) as stop:
             for step in progress:
                 groups, row = self.step(step, problems, reference, optimizer)
@@ -801,7 +799,7 @@ class Run:
                 row |= dict(unique_found=len(state["found"]))
                 last = step + 1 == config.steps or stop.asked()
                 if last or config.eval_every and (step + 1) % config.eval_every == 0:
-                    row["eval"] = state["last"] = self.evaluate(step + 1)
+                    row["eval"] = state["last"] = self.evaluate()
                     score = sesa.headline(state["last"])
                     if score > state["best"]:
                         state |= dict(best=score, best_step=step + 1)
@@ -818,7 +816,7 @@ class Run:
                     break
         return self.summary(state)
 
-    def make_reference(self, state: dict | None) -> nn.Module | None:
+    def make_reference(self) -> nn.Module | None:
         """A frozen copy of the policy that training starts from, or of --reference; None without a KL term."""
         config = self.config
         if config.kl_coef == config.kl_coef_end == 0:
@@ -827,19 +825,17 @@ class Run:
             reference = copy.deepcopy(self.policy.model)
         else:
             reference = starting_policy(config.reference, config, self.task, self.ranks).model.to(self.ranks.device)
-        if (
-            reference.get_output_embeddings().weight.shape[0]
-            != self.policy.model.get_output_embeddings().weight.shape[0]
-        ):
+        if reference.config.vocab_size != self.policy.model.config.vocab_size:
             raise UserError(f"--reference {config.reference}: its vocabulary is not that of the policy")
         return reference.eval().requires_grad_(False)
 
     def load_weights(self, state: dict, optimizer: torch.optim.Optimizer) -> None:
-        from safetensors.torch import load_model
-
-        load_model(self.policy.model, state["folder"] / "model.safetensors", device=str(self.ranks.device))
+        model = self.policy.model
+        missing, unexpected = model.load_state_dict(state.pop("weights"), strict=False)
+        if unexpected or set(missing) - set(model.all_tied_weights_keys or ()):
+            raise UserError(f"the checkpoint does not fit --model {self.config.model}: {[*missing, *unexpected][0]}")
+        model.tie_weights()
         optimizer.load_state_dict(state.pop("optimizer"))
-        state.pop("folder"), state.pop("config")
         self.refresh_actor()
 
     def step(self, step: int, problems, reference, optimizer) -> tuple[list[sesa.Group], dict]:
@@ -851,15 +847,9 @@ class Run:
         rollout_seconds = time.perf_counter() - began
 
         outcomes = self.ranks.gather([g.outcomes() for g in groups])
-        rewards, advantages = sesa.credit(
-            outcomes,
-            chains=chain_credit(config, self.task),
-            baseline=config.baseline,
-            scale=config.advantage_scale,
-            repeats=config.repeats,
-            rarity=config.rarity,
-            pass_k=config.pass_k,
-        )
+        rule = {name: getattr(config, name) for name in ("baseline", "repeats", "rarity", "pass_k")}
+        rule |= dict(chains=chain_credit(config, self.task), scale=config.advantage_scale)
+        rewards, advantages = sesa.credit(outcomes, **rule)
         for (place, _), group in zip(mine, groups, strict=True):
             sesa.assign(group, rewards[place], advantages[place])
 
@@ -868,11 +858,8 @@ class Run:
         rate = rl.learning_rate(step, config.steps, config.warmup_steps, config.learning_rate, config.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        rows = [
-            (place, row)
-            for (place, _), group in zip(mine, groups, strict=True)
-            for row in sesa.sequences(group, config.sketch_context)
-        ]
+        placed = zip([place for place, _ in mine], groups, strict=True)
+        rows = [(place, row) for place, group in placed for row in sesa.sequences(group, config.sketch_context)]
         max_tokens = self.max_tokens()
         metrics = update(self.policy.model, reference, rows, config, optimizer, kl_coef, max_tokens, self.ranks)
         self.refresh_actor()
@@ -890,30 +877,20 @@ class Run:
         )
 
     def summary(self, state: dict) -> dict:
-        import platform
-
-        import transformers
-
-        config, last = self.config, state["last"]
-        versions = dict(
-            python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__
-        )
         kib = 1 if sys.platform == "linux" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
-        return dict(
-            task=config.task,
-            method=config.method,
-            seed=config.seed,
+        return {name: getattr(self.config, name) for name in ("task", "method", "seed")} | dict(
             steps=state["step"],
             seconds=round(state["seconds"], 1),
             peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 1024),
             generated_tokens=state["generated_tokens"],
             unique_found=len(state["found"]),
-            **sesa.measures(last),
+            **sesa.measures(state["last"]),
             floor=self.task.floor(),
             ceiling=self.task.ceiling(),
             base=sesa.measures(state["base"]),
-            evaluation=last,
-            versions=versions,
+            evaluation=state["last"],
+            base_evaluation=state["base"],
+            versions={name: version(name) for name in ("torch", "transformers")} | dict(python=python_version()),
         )
 
 
@@ -944,7 +921,7 @@ class StopSignal:
 # Figures
 
 
-def draw(folder: RunFolder, task: tasks.Task) -> None:
+def draw(folder: RunFolder, task: tasks.Task, base: dict) -> None:
     """figures/training.png: what a healthy and a sick run differ in, over the steps."""
     import matplotlib
 
@@ -952,22 +929,20 @@ def draw(folder: RunFolder, task: tasks.Task) -> None:
     from matplotlib import pyplot as plt
 
     rows = folder.rows("metrics.jsonl")
-    steps, evals = [r for r in rows if "reward" in r], [r for r in rows if "eval" in r]
-    if not steps:
-        return
+    evals = [dict(step=0, eval=base)] + [r for r in rows if "eval" in r]
     panels = [["reward", "success", "valid"], ["unique_success", "duplicate_rate"], ["entropy"], ["kl"], ["grad_norm"]]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, names in zip(axes.flat[1:], panels, strict=True):
         for name in names:
-            points = [(r["step"], r[name]) for r in steps if r.get(name) is not None]
+            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axis.set_xlabel("step")
         axis.legend(frameon=False)
     for kind in ("iid", "sequential"):
         if task.targets:
-            best = max((r["eval"][kind]["coverage"] for r in evals), key=len)
-            k = "320" if "320" in best else list(best)[-1]
+            known = base[kind]["coverage"]
+            k = "320" if "320" in known else list(known)[-1]
             points = [(r["step"], r["eval"][kind]["coverage"][k] * len(task.targets)) for r in evals]
             axes.flat[0].set_title(f"targets found in {k} guesses, of {len(task.targets)}")
         else:
@@ -987,23 +962,19 @@ def draw(folder: RunFolder, task: tasks.Task) -> None:
 # Entry
 
 
-def describe(config: Config, task: tasks.Task, ranks: Ranks) -> None:
+def describe(config: Config, task: tasks.Task) -> None:
     """--dry_run: every value, and the sizes that follow from them."""
-    for name, value in dataclasses.asdict(config).items():
-        print(f"  {name:24}{value}")
-    answers = config.group_size if config.method == "grpo" else config.num_sketches * config.num_solutions
-    limits = (
-        task.tiny_tokens if config.model == "tiny" else dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    )
-    solution = (config.max_new_tokens or limits["solution"]) * task.max_turns
+    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
+    limits = task.tiny_tokens if config.model == "tiny" else limits
     sketch = config.max_sketch_tokens or limits["sketch"]
-    per_problem = answers * (solution if task.two_stage else sketch)
-    per_problem += config.num_sketches * sketch if task.two_stage and config.method == "sesa" else 0
-    print(f"ranks                     {ranks.size} on {ranks.device.type}")
-    print(f"answers per step          {config.problems_per_step * answers}")
-    print(f"tokens per step, at most  {config.problems_per_step * per_problem}")
-    print(f"updates                   {config.steps * config.minibatches}")
-    print(f"floor, ceiling            {task.floor()}, {task.ceiling()}")
+    solution = (config.max_new_tokens or limits["solution"]) * task.max_turns if task.two_stage else sketch
+    grpo = config.method == "grpo"
+    answers = config.group_size if grpo else config.num_sketches * config.num_solutions
+    tokens = answers * solution + (0 if grpo or not task.two_stage else config.num_sketches * sketch)
+    sizes = dict(ranks=int(os.environ.get("WORLD_SIZE", 1)), answers_per_step=config.problems_per_step * answers)
+    sizes |= dict(most_tokens_per_step=config.problems_per_step * tokens, updates=config.steps * config.minibatches)
+    for name, value in (dataclasses.asdict(config) | sizes | dict(floor=task.floor(), ceiling=task.ceiling())).items():
+        print(f"  {name:24}{value}")
 
 
 def show(config: Config, task: tasks.Task) -> None:
@@ -1031,36 +1002,34 @@ def report(summary: dict, config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    ranks = Ranks.start(config.device)
-    task = tasks.make_task(config.task, **parse_options(config.task_options))
-    config = resolve(config, task)
-    if config.dry_run:
-        return describe(config, task, ranks) if ranks.rank == 0 else None
-    if config.show:
-        return show(config, task) if ranks.rank == 0 else None
-    torch.manual_seed(config.seed)
-    folder = RunFolder(config, ranks)
-    state = folder.open()
-    policy = starting_policy(config.model, config, task, ranks)
-    run = Run(config, task, policy, ranks)
+    with user_errors():
+        ranks = Ranks.start(config.device)
+        task = tasks.make_task(config.task, **parse_options(config.task_options))
+        config = resolve(config, task)
+        if config.dry_run or config.show:
+            return (describe if config.dry_run else show)(config, task) if ranks.rank == 0 else None
+        torch.manual_seed(config.seed)
+        folder = RunFolder(config, ranks)
+        state = folder.open()
+        run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
+    if state is None:
+        folder.create()
     if config.eval_only:
-        began, found = time.perf_counter(), run.evaluate(0)
+        began, found = time.perf_counter(), run.evaluate()
         state = dict(step=0, seconds=time.perf_counter() - began, generated_tokens=0, found=[], base=found, last=found)
         summary = run.summary(state)
     else:
         summary = run.train(folder, state)
     if ranks.rank == 0:
         (folder.path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
-        draw(folder, task)
+        draw(folder, task, summary["base_evaluation"])
         report(summary, config)
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__.split("\n")[0]))
-    except ValueError as error:
-        if not isinstance(error, UserError) and os.environ.get("SESA_TRACEBACK"):
-            raise
+    except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,9 +5,10 @@
 
 Every case runs forward and backward of  sum over tokens of (-A log p - 0.01 H + 0.05 KL) / N,  as far as it knows the
 terms. The limits are measured in the same run: the bandwidth of a copy and the rate of a matrix product. The limit of
-a case is the time that its logits need at that bandwidth (rows), or its products, 6NHV and 2NHV for a reference, at that
-rate (heads). The error is the largest deviation of d loss / d logits or d loss / d hidden of 32 tokens from float64,
-relative to its norm. On a CPU every case has a process of its own, whose resident memory gives the peak.
+a case is the time that its logits need at that bandwidth (rows), or its products at that rate (heads): 6NHV FLOPs, and
+2NHV for a reference. Times are the fastest of the repeats. The error is that of d loss / d logits or d loss / d hidden
+of 32 tokens against float64, relative in norm. On a CPU every case has a process of its own, whose resident memory
+gives the peak; torch.compile is left out there.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import importlib.metadata
 import json
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -72,17 +72,17 @@ class Result(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the loss
 
 
-def token_losses(logp, entropy, kl, advantage) -> Tensor:
-    loss = -advantage * logp - ENTROPY * entropy
-    return loss if kl is None else loss + KL * kl
+def loss_sum(stats: kernels.TokenStats, advantage: Tensor, scale: Tensor) -> Tensor:
+    losses = -advantage * stats.logp - ENTROPY * stats.entropy
+    return ((losses if stats.kl is None else losses + KL * stats.kl) * scale).sum()
 
 
-def loss_sum(stats, advantage, scale) -> Tensor:
-    return (token_losses(stats.logp, stats.entropy, stats.kl, advantage) * scale).sum()
+def loss_of(inputs: Inputs, logp: Tensor, entropy: Tensor, kl: Tensor | None = None, *_) -> Tensor:
+    return loss_sum(kernels.TokenStats(logp, entropy, kl, None), *extras_of(inputs))
 
 
-def scale_of(inputs: Inputs) -> Tensor:
-    return torch.full_like(inputs.advantage, 1 / len(inputs.targets))
+def extras_of(inputs: Inputs) -> list[Tensor]:
+    return [inputs.advantage, torch.full_like(inputs.advantage, 1 / len(inputs.targets))]
 
 
 def plain_stats(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> kernels.TokenStats:
@@ -94,7 +94,8 @@ def plain_stats(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> k
         return kernels.TokenStats(chosen, entropy, None, None)
     with torch.no_grad():
         ref_logp = ref_logits.float().log_softmax(-1)
-    return kernels.TokenStats(chosen, entropy, (p * (logp - ref_logp)).sum(-1), ref_logp.gather(1, targets[:, None])[:, 0])
+    kl = (p * (logp - ref_logp)).sum(-1)
+    return kernels.TokenStats(chosen, entropy, kl, ref_logp.gather(1, targets[:, None])[:, 0])
 
 
 def plain_head(hidden, weight, targets, ref_hidden, ref_weight) -> kernels.TokenStats:
@@ -108,16 +109,15 @@ def plain_head(hidden, weight, targets, ref_hidden, ref_weight) -> kernels.Token
 
 def row_cases() -> list[Case]:
     def ours(impl):
-        return lambda x: loss_sum(kernels.token_stats(x.hidden, x.targets, x.ref_hidden, impl=impl), x.advantage, scale_of(x))
+        return lambda x: loss_of(x, *kernels.token_stats(x.hidden, x.targets, x.ref_hidden, impl=impl))
 
     def plain(function):
-        return lambda x: loss_sum(function(x.hidden, x.targets, x.ref_hidden), x.advantage, scale_of(x))
+        return lambda x: loss_of(x, *function(x.hidden, x.targets, x.ref_hidden))
 
     def trl(x):
         from trl.trainer.utils import selective_log_softmax_and_entropy
 
-        logp, entropy = selective_log_softmax_and_entropy(x.hidden, x.targets)
-        return (token_losses(logp, entropy, None, x.advantage) * scale_of(x)).sum()
+        return loss_of(x, *selective_log_softmax_and_entropy(x.hidden, x.targets))
 
     def liger(x):
         from liger_kernel.ops.grpo_loss import GrpoLossFunction
@@ -127,7 +127,7 @@ def row_cases() -> list[Case]:
         logits = torch.cat([logits, logits[:, :1].detach()], 1)
         mask = torch.ones(b, LENGTH, device=logits.device)
         out = GrpoLossFunction.apply(logits, None, None, x.targets.view(b, LENGTH), x.advantage[::LENGTH].contiguous(),
-                                     mask, 1.0, 0.0, 0.2, 0.2, True, "dapo")  # fmt: skip
+                                     mask, 1.0, 0.0, 0.2, 0.2, True, "dapo")
         return out[0]
 
     both = [("torch", False), ("triton", True)]
@@ -148,29 +148,36 @@ def head_cases() -> list[Case]:
         return x.hidden, x.weight, x.targets
 
     def plain(function):
-        return lambda x: loss_sum(function(*arguments(x), x.ref_hidden, x.ref_weight), x.advantage, scale_of(x))
+        return lambda x: loss_of(x, *function(*arguments(x), x.ref_hidden, x.ref_weight))
 
     def loss(impl):
-        return lambda x: kernels.linear_policy_loss(
-            *arguments(x), loss_sum, [x.advantage, scale_of(x)], x.ref_hidden, x.ref_weight, chunk_size=x.size.chunk, impl=impl
-        )[0]
+        def run(x):
+            options = {"chunk_size": x.size.chunk, "impl": impl}
+            ref = x.ref_hidden, x.ref_weight
+            return kernels.linear_policy_loss(*arguments(x), loss_sum, extras_of(x), *ref, **options)[0]
+
+        return run
 
     def stats(impl):
-        return lambda x: loss_sum(
-            kernels.linear_token_stats(*arguments(x), x.ref_hidden, x.ref_weight, chunk_size=x.size.chunk, impl=impl),
-            x.advantage, scale_of(x))  # fmt: skip
+        def run(x):
+            options = {"chunk_size": x.size.chunk, "impl": impl}
+            return loss_of(x, *kernels.linear_token_stats(*arguments(x), x.ref_hidden, x.ref_weight, **options))
+
+        return run
 
     def trl(x):
-        from trl.kernels import ChunkedLogProbFunction
+        from trl.kernels import ChunkedLogProbFunction as chunked
 
-        logp, entropy, *_ = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, 32768, None, 1.0, ("entropy",))
-        return (token_losses(logp, entropy, None, x.advantage) * scale_of(x)).sum()
+        columns = 32768  # what its trainers use
+        logp, entropy, *_ = chunked.apply(x.hidden, x.weight, None, x.targets, 1.0, columns, None, 1.0, ("entropy",))
+        return loss_of(x, logp, entropy)
 
     def liger_entropy(x):
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as scaled
+        from liger_kernel.ops import fused_linear_scaled_cross_entropy as fused
 
-        nll, entropy = scaled.apply(*arguments(x), 1.0, -100, 1, True)
-        return (token_losses(-nll, entropy, None, x.advantage) * scale_of(x)).sum()
+        function = fused.LigerFusedLinearScaledCrossEntropyFunction
+        nll, entropy = function.apply(*arguments(x), 1.0, -100, 1, True)
+        return loss_of(x, -nll, entropy)
 
     def liger_grpo(x):
         from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
@@ -216,8 +223,8 @@ def make_inputs(size: Size, terms: tuple[str, ...], device: str) -> Inputs:
     targets = torch.randint(0, size.vocab, (size.tokens,), generator=generator, device=device)
     advantage = torch.randn(size.tokens // LENGTH, generator=generator, device=device).repeat_interleave(LENGTH)
     if size.part == "rows":
-        hidden = normal(size.tokens, size.vocab, scale=2.0)
-        return Inputs(size, hidden.requires_grad_(), None, targets, advantage, normal(*hidden.shape, scale=2.0) if ref else None, None)
+        logits, ref_logits = (normal(size.tokens, size.vocab, scale=2.0) if wanted else None for wanted in (True, ref))
+        return Inputs(size, logits.requires_grad_(), None, targets, advantage, ref_logits, None)
     hidden, weight = normal(size.tokens, size.width), normal(size.vocab, size.width, scale=2 / size.width**0.5)
     ref_hidden, ref_weight = (hidden + 0.1 * normal(*hidden.shape), weight.clone()) if ref else (None, None)
     return Inputs(size, hidden.requires_grad_(), weight.requires_grad_(), targets, advantage, ref_hidden, ref_weight)
@@ -266,7 +273,7 @@ def resident(field: str) -> int:
 
 
 def measure(case: Case, size: Size, device: str, repeats: int) -> dict:
-    """Median seconds of forward and of backward, peak bytes, error. The first of the runs warms up and is not timed."""
+    """Seconds of forward and of backward, peak bytes, error. The first of the runs warms up and is not timed."""
     inputs = make_inputs(size, case.terms, device)
     if device == "cpu":  # imports and thread pools are no memory of the case
         small = make_inputs(size._replace(tokens=LENGTH, width=16, vocab=500), case.terms, device)
@@ -282,8 +289,8 @@ def measure(case: Case, size: Size, device: str, repeats: int) -> dict:
         del loss
     peak, expected = peak_memory(device) - before, expected_gradient(inputs, case.terms)
     return {
-        "forward": statistics.median(forward[1:]),
-        "backward": statistics.median(backward[1:]),
+        "forward": min(forward[1:]),
+        "backward": min(backward[1:]),
         "peak": peak,
         "error": ((inputs.hidden.grad[PROBE].double() - expected).norm() / expected.norm()).item(),
     }
@@ -291,8 +298,9 @@ def measure(case: Case, size: Size, device: str, repeats: int) -> dict:
 
 def measure_apart(index: int, size: Size, arguments: argparse.Namespace) -> dict:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--cpu", "--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
-    done = subprocess.run([*command, "--case", json.dumps([index, size])], capture_output=True, text=True)
+    options = ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
+    command = [sys.executable, __file__, "--cpu", "--case", json.dumps([index, size]), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -371,7 +379,7 @@ def ratios(results: list[Result]) -> list[str]:
             if (r.part, r.terms) == (plain.part, plain.terms) and r.name.startswith("ours"):
                 seconds = (r.forward + r.backward) / (plain.forward + plain.backward)
                 memory = r.peak / max(plain.peak, 1)
-                lines.append(f"{r.part}, {r.terms}: {r.name} / plain torch: time {seconds:.2f}, peak memory {memory:.3f}")
+                lines.append(f"{r.part}, {r.terms}: {r.name} / plain torch: time {seconds:.2f}, memory {memory:.3f}")
     return lines
 
 
@@ -401,8 +409,9 @@ def draw(results: list[Result], heading: str, path: str) -> None:
 
     parts = list(dict.fromkeys(r.part for r in results))
     heights = [sum(r.part == part for r in results) for part in parts]
-    figure, axes = plt.subplots(len(parts), 2, figsize=(12, 0.32 * sum(heights) + 1.1 * len(parts) + 0.6), squeeze=False,
-                                gridspec_kw={"height_ratios": heights}, constrained_layout=True)  # fmt: skip
+    figure, axes = plt.subplots(
+        len(parts), 2, figsize=(12, 0.32 * sum(heights) + 1.1 * len(parts) + 0.6), squeeze=False,
+        gridspec_kw={"height_ratios": heights}, constrained_layout=True)
     for (left, right), part in zip(axes, parts, strict=True):
         chosen = [r for r in results if r.part == part][::-1]
         labels = [f"{r.name} ({r.terms})" for r in chosen]
@@ -440,7 +449,8 @@ def main() -> None:
         print(json.dumps(measure(cases_of(Size(*size), device)[index], Size(*size), device, arguments.repeats)))
         return
     started, (bandwidth, rate) = time.perf_counter(), measure_limits(device)
-    heading = f"{hardware(device, arguments.threads)}\ncopy {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s"
+    limits = f"copy {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.2f} TFLOP/s"
+    heading = f"{hardware(device, arguments.threads)}\n{limits}"
     print(heading, HEADER, sep="\n", flush=True)
     results = run_all(arguments, device, bandwidth, rate)
     print("", *ratios(results), f"{time.perf_counter() - started:.0f} s in all", sep="\n")

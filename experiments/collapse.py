@@ -81,8 +81,11 @@ def run(arm: str, seed: int, steps: int, runs: Path) -> None:
     with open(runs / f"{arm}-{seed}.log", "w") as log:
         subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, check=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evals = [(row["step"], row["eval"]) for row in rows if "eval" in row]
-    row = json.loads((folder / "summary.json").read_text()) | dict(
+    summary = json.loads((folder / "summary.json").read_text())
+    first = summary.pop("base_evaluation")
+    summary.pop("evaluation")
+    evals = [(0, first)] + [(row["step"], row["eval"]) for row in rows if "eval" in row]
+    row = summary | dict(
         arm=arm,
         seed=seed,
         flags=flags,
@@ -94,7 +97,6 @@ def run(arm: str, seed: int, steps: int, runs: Path) -> None:
             for step, e in evals
         ],
     )
-    row.pop("evaluation")
     with open(RESULTS, "a") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -105,7 +107,7 @@ def spread(values: list[float]) -> str:
 
 def table(rows: dict) -> str:
     lines = [
-        "| arm | found of 20 in 320 i.i.d. guesses | in 320 sequential guesses | in 20 sequential | i.i.d. hits | valid |"
+        "| arm | found of 20 in 320 i.i.d. guesses | in 320 sequential | in 20 sequential | i.i.d. hits | valid |"
         " found in training | tokens | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]

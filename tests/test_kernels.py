@@ -509,6 +509,20 @@ def test_kl_of_a_head_to_its_copy_is_exactly_zero(impl):
     assert (stats.kl == 0).all()
 
 
+def test_autocast_changes_nothing(impl):
+    hidden, weight, *ref, targets = make_head(10, 16, 500)
+    extras = grpo_extras(hidden, weight, targets, 1.0)
+    runs = []
+    for enabled in (False, True):
+        hidden.grad = weight.grad = None
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+            loss, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, chunk_size=4, impl=impl)
+            again = linear_token_stats(hidden, weight, targets, *ref, chunk_size=4, impl=impl)
+        loss.backward()
+        runs.append([loss, *stats, *again, hidden.grad, weight.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_tied_head_adds_the_gradients_of_both_uses(impl):
     weight = torch.randn(300, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     tokens, targets = torch.arange(12, device=DEVICE), torch.arange(12, device=DEVICE) + 5

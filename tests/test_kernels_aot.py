@@ -4,8 +4,8 @@ A row kernel must read at the speed of memory. At 1.755 GHz an H200 issues 13.8 
 logit (27.6 for a pair), so instructions an element, spills and registers decide, and all three are in the machine code.
 What it does not tell is the speed itself.
 
-`python tests/test_kernels_aot.py 90 bf16,fp32 0` prints a line of JSON per configuration (architecture, dtypes, soft
-caps). The tests run that in a process of its own, as in theirs the kernels belong to the interpreter.
+`python tests/test_kernels_aot.py 90 bf16,fp32:bf16 0` prints a line of JSON per configuration (architecture, dtypes,
+soft caps). The tests run that in a process of its own, as in theirs the kernels belong to the interpreter.
 """
 
 import json
@@ -91,7 +91,8 @@ def measure(arch: int, dtypes: list[str], softcaps: list[float]) -> list[dict]:
     rows = []
     for dtype, softcap, ref in product(dtypes, softcaps, (False, True)):
         constants = {"temperature": 0.7, "softcap": softcap, "BLOCK": kernels.BLOCK}
-        logits = {"X": f"*{dtype}", "Y": f"*{dtype}", "DX": f"*{dtype}"}
+        read, written = dtype.split(":")[0], dtype.split(":")[-1]  # the head reads fp32 and writes bf16: fp32:bf16
+        logits = {"X": f"*{read}", "Y": f"*{read}", "DX": f"*{written}"}
         absent = {} if ref else {"Y": None}
         config = {"dtype": dtype, "softcap": softcap, "ref": ref}
         counts = compile_kernel(kernels._forward_kernel, logits | FORWARD_POINTERS, constants | absent, arch)
@@ -142,7 +143,7 @@ def check_common(rows: list[dict], target: str) -> None:
 
 @pytest.fixture(scope="module")
 def sm90():
-    return counts_of(90, "bf16,fp32")
+    return counts_of(90, "bf16,fp32:bf16")
 
 
 def test_sm90_needs_no_spills_no_doubles_no_atomics(sm90):
@@ -170,8 +171,8 @@ def test_sm80_compiles_within_its_registers():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, target", [(90, "sm_90a"), (80, "sm_80")])
 def test_every_dtype_and_softcap(arch, target):
-    rows = counts_of(arch, "bf16,fp32,fp16", "0,30")
-    assert len(rows) == 3 * 2 * 2 * 3 + 2
+    rows = counts_of(arch, "bf16,fp32,fp16,fp32:bf16", "0,30")
+    assert len(rows) == 4 * 2 * 2 * 3 + 2
     check_common(rows, target)
 
 
