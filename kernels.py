@@ -93,8 +93,9 @@ def token_stats(logits: Tensor, targets: Tensor, ref_logits: Tensor | None = Non
     logits [N, V] fp32, fp16 or bf16, rows of any stride; targets int [N], negative = ignored (zeros, zero gradient);
     ref_logits [N, V], a constant. Differentiable with respect to logits, once, through logp, entropy and kl; `inplace`
     lets the backward write the gradient over the logits. Truncated sampling (top-p, top-k, min-p) is not modelled
-    here: mask the same logits with -inf, or refuse it. A logit of -inf has probability 0; where only the reference
-    has none, kl is +inf (if p > 1e-18; huge below); a row of nothing but -inf gives NaN. ValueError for wrong input.
+    here: mask the same logits with -inf, or refuse it. A logit of -inf has probability 0 (a soft cap would make it
+    finite); where only the reference has none, kl is +inf (if p > 1e-18; huge below); a row of nothing but -inf gives
+    NaN. ValueError for wrong input.
 
     >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), ref_logits=torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     >>> [round(x.item(), 4) for x in stats]                     # ln(1/4), ln 4, ln((3 + e) / 4) - 1/4, -ln(3 + e)

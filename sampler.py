@@ -458,8 +458,8 @@ def draw_tokens(logits: Tensor, u: Tensor, params: SamplingParams, softcap: floa
     """
     rows = max(1, 2**18 // logits.shape[-1])  # the fp64 sums of more rows would not stay in a CPU's cache
     if len(logits) > rows:
-        parts = [draw_tokens(logits[i : i + rows], u[i : i + rows], params, softcap) for i in range(0, len(logits), rows)]
-        ids, logps = zip(*parts, strict=True)
+        parts = zip(logits.split(rows), u.split(rows), strict=True)
+        ids, logps = zip(*(draw_tokens(*part, params, softcap) for part in parts), strict=True)
         return torch.cat(ids), torch.cat(logps)
     scores = scaled_logits(logits, params.temperature or 1.0, softcap)  # [R, V]
     if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):
@@ -574,11 +574,8 @@ class _Segment:
             del self.ids[length - self.base :]
             self.cached, self.drawn, self.hidden = min(self.cached, len(self.ids) - 1), 0, None
             return self
-        return _below(self, length - 1, [self.token(length - 1)])
-
-    def token(self, position: int) -> int:
-        owner, _ = self.owner(position + 1)
-        return owner.ids[position - owner.base]
+        owner, count = self.owner(length)
+        return _below(self, length - 1, [owner.ids[count - 1]])
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
         """The segment that holds the last of the row's first `length` tokens, and how many of its own they are."""
@@ -589,9 +586,9 @@ class _Segment:
 
     def take_back_one(self) -> None:
         """An empty segment takes the last token of its parent, to be computed again: its hidden state is not known."""
-        position = self.base - 1
-        self.ids, self.base = [self.token(position)], position
-        self.parent, self.visible = self.parent.owner(position)
+        self.base -= 1
+        self.ids = [self.parent.ids[self.visible - 1]]
+        self.parent, self.visible = self.parent.owner(self.base)
         if self.parent:
             self.parent.users += 1
 
@@ -998,7 +995,7 @@ class _Arena:
         if count:
             so_far = sum(slab.kv.shape[2] for slab in self.slabs[capacity])
             slots = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
-            if self.budget is not None and self.bytes + slots * self._slot_bytes(capacity) > self.budget:
+            if self.budget is not None and self.bytes + slots * self._slot_bytes(capacity) > self.budget / 2:
                 slots = count
             shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
             # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan

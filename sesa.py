@@ -436,7 +436,7 @@ def credit(
     """
     counts = Counter(key for group in outcomes for key in {o.key for o in group if o.success})
     pairs = [earned(group, repeats, counts, rarity) for group in outcomes]
-    rewards = torch.tensor([r for r, _ in pairs])  # [P, G]
+    rewards = torch.tensor([r for r, _ in pairs], dtype=torch.float64)  # [P, G]
     if chains:
         advantages = rl.chain_advantages(rewards, baseline, scale)  # [C, K]
     else:

@@ -27,18 +27,19 @@ import random
 import re
 import select
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache, partial
-from itertools import count, islice
+from itertools import count, islice, permutations
 from math import isqrt
-from operator import eq, itemgetter
+from operator import add, contains, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
 from statistics import fmean
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any, NamedTuple
 
 MAX_ANSWER = 4096  # characters; a longer answer is invalid unread
@@ -119,18 +120,19 @@ class Task:
     words: list[str] = []  # the closed vocabulary of all its texts; [] for tasks that have none
 
     def problems(self, split: str, seed: int) -> Problems:
-        """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone."""
+        """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone. Half of
+        all generated problems are for validation: they are endless, and even halves are the cheapest to draw."""
         if split not in ("train", "validation"):
             raise ValueError(f"split {split!r}: must be 'train' or 'validation'")
-        return Problems(partial(self.make, split, seed), self.count(split))
+        return Problems(partial(self.make, split, seed), self.num_problems(split))
 
-    def count(self, split: str) -> int:
+    def num_problems(self, split: str) -> int:
         return 2**31
 
     def make(self, split: str, seed: int, i: int) -> Problem:
         rng = random.Random(f"{self.name} {split} {seed} {i}")
         for _ in range(10_000):
-            if drawn := self.draw(rng, lambda canonical: split_of(canonical) == split):
+            if drawn := self.draw(rng, lambda canonical: (share_of(canonical) < 0.5) == (split == "train")):
                 return Problem(i, *drawn)
         raise ValueError(f"{self}: 10,000 draws gave no {split} problem; choose easier options")
 
@@ -144,12 +146,11 @@ class Task:
         """Endless demonstrations on training problems, without those that fail (on slippery ice)."""
         problems, failed = self.problems("train", rng.getrandbits(32)), 0
         for i in count():
-            demonstration = self.demonstrate(problems[i], rng)
-            failed += 1
-            if not demonstration.turns or play(self, demonstration.problem, demonstration.turns).success:
-                failed = 0
-                yield demonstration
-            if failed == 1000:
+            found = self.demonstrate(problems[i], rng)
+            failed = 0 if not found.turns or play(self, found.problem, found.turns).success else failed + 1
+            if not failed:
+                yield found
+            elif failed == 1000:
                 raise ValueError(f"{self}: 1,000 demonstrations in a row failed; choose easier options")
 
     def floor(self) -> float | None:
@@ -165,16 +166,13 @@ class Task:
         recipe = Path(__file__).read_bytes() + inspect.getsource(type(self)).encode() + f"{self} {what} {n}".encode()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa"
         file = folder / f"{what}-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}.json"
-        try:
+        with suppress(OSError, ValueError):
             return json.loads(file.read_text())
-        except (OSError, ValueError):
-            problems, rng = self.problems("validation", 0), random.Random(0)
-            result = fmean(rate(problems[i], rng) for i in range(min(n, len(problems))))
-        try:
+        problems, rng = self.problems("validation", 0), random.Random(0)
+        result = fmean(rate(problems[i], rng) for i in range(min(n, len(problems))))
+        with suppress(OSError):  # a cache that cannot be written only costs time
             folder.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(result))
-        except OSError:
-            pass  # a cache that cannot be written only costs time
         return result
 
 
@@ -186,15 +184,15 @@ def share_of(canonical: Hashable) -> float:
     return int.from_bytes(hashlib.blake2b(repr(canonical).encode(), digest_size=6).digest()) / 2**48
 
 
-def split_of(canonical: Hashable) -> str:
-    """Half of all generated problems are for validation: they are endless, and even halves are the cheapest to draw."""
-    return "validation" if share_of(canonical) < 0.5 else "train"
-
-
 def check_range(task: Task, **limits: tuple[float, float]):
     for option, (low, high) in limits.items():
         if not low <= getattr(task, option) <= high:
             raise ValueError(f"{task.name}: {option} {getattr(task, option)}: must be between {low} and {high}")
+
+
+def need(module: str):
+    if not importlib.util.find_spec(module):
+        raise ValueError(f"the package {module.replace('_', '-')} is needed for this task; install it with pip")
 
 
 def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
@@ -202,6 +200,12 @@ def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
     episode = task.episode(problem)
     any(episode.act(text) for text in turns)
     return episode.outcome()
+
+
+def write_grid(cells: Sequence[str]) -> str:
+    """A square of words, a line for each row."""
+    size = isqrt(len(cells))
+    return "\n".join(" ".join(cells[at : at + size]) for at in range(0, len(cells), size))
 
 
 def extract_answer(text: str) -> str | None:
@@ -257,7 +261,7 @@ class Synthetic(Task):
             share.update((child, weight / sum(weights)) for child, weight in zip(children, weights, strict=True))
         return [share[path[:1]] * share[path[:2]] * share[path] for path in self.paths]
 
-    def count(self, split):
+    def num_problems(self, split):
         return 1
 
     def make(self, split, seed, i):
@@ -287,24 +291,31 @@ class Synthetic(Task):
 
 # ----------------------------------------------------------------------------------------------------------- countdown
 
-OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
+SUM, PRODUCT = ((ast.Add, ast.Sub), "+-"), ((ast.Mult, ast.Div), "*/")  # an operation, its inverse and their signs
 # difficulty: counts of numbers, largest number, largest target
 DIFFICULTIES = dict(easy=((3,), 9, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
 def combinations(numbers: tuple) -> Iterator[tuple[tuple, str]]:
     """All ways to join two (value, text) by an operation that gives a positive whole number: (shorter tuple, text)."""
-    for i, (a, left) in enumerate(numbers):
-        for j, (b, right) in enumerate(numbers):
-            values = {"+": a + b, "*": a * b} if i < j else {}
-            if i != j and a > b:
-                values["-"] = a - b
-            if i != j and a % b == 0:
-                values["/"] = a // b
-            rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
-            for operator, value in values.items():
-                text = f"{left} {operator} {right}"
-                yield ((value, f"( {text} )"), *rest), text
+    for i, j in permutations(range(len(numbers)), 2):
+        (a, left), (b, right) = numbers[i], numbers[j]
+        values = {"+": a + b, "*": a * b} if i < j else {}
+        values |= {"-": a - b} if a > b else {}
+        values |= {"/": a // b} if a % b == 0 else {}
+        rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
+        for operator, value in values.items():
+            text = f"{left} {operator} {right}"
+            yield ((value, f"( {text} )"), *rest), text
+
+
+def combine_at_random(numbers: Sequence[int], rng: random.Random) -> tuple[int, str]:
+    """(value, text) of random combinations that use up all numbers."""
+    pool = tuple((n, str(n)) for n in numbers)
+    while len(pool) > 1:
+        pool = rng.choice([shorter for shorter, _ in combinations(pool)])
+    return pool[0][0], pool[0][1][2:-2]
 
 
 def solve_countdown(numbers: Sequence[int], target: int) -> dict[str, str]:
@@ -336,15 +347,11 @@ def parse_expression(text: str) -> ast.expr | None:
     return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
 
 
-def evaluate(node: ast.expr) -> Fraction | None:
-    """The exact value of a tree from parse_expression; None where it divides by zero."""
+def evaluate(node: ast.expr) -> Fraction:
+    """The exact value of a tree from parse_expression; ZeroDivisionError where there is none."""
     if isinstance(node, ast.Constant):
         return Fraction(node.value)
-    left, right = evaluate(node.left), evaluate(node.right)
-    if left is None or right is None or right == 0 and isinstance(node.op, ast.Div):
-        return None
-    methods = left.__add__, left.__sub__, left.__mul__, left.__truediv__
-    return methods[OPERATORS.index(type(node.op))](right)
+    return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
 
 
 def canonical(node: ast.expr) -> str:
@@ -355,11 +362,11 @@ def canonical(node: ast.expr) -> str:
     """
     if isinstance(node, ast.Constant):
         return str(node.value)
-    (same, inverse), signs = (OPERATORS[:2], "+-") if isinstance(node.op, OPERATORS[:2]) else (OPERATORS[2:], "*/")
+    family, signs = SUM if isinstance(node.op, SUM[0]) else PRODUCT
 
     def parts(part, inverted):
-        if isinstance(part, ast.BinOp) and isinstance(part.op, (same, inverse)):
-            return parts(part.left, inverted) + parts(part.right, inverted ^ isinstance(part.op, inverse))
+        if isinstance(part, ast.BinOp) and isinstance(part.op, family):
+            return parts(part.left, inverted) + parts(part.right, inverted ^ isinstance(part.op, family[1]))
         text = canonical(part)
         return [(inverted, f"({text})" if isinstance(part, ast.BinOp) else text)]
 
@@ -387,10 +394,7 @@ class Countdown(Task):
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
-        pool = tuple((n, "") for n in numbers)
-        while len(pool) > 1:  # a random walk of the solver: the target can be reached
-            pool = rng.choice([shorter for shorter, _ in combinations(pool)])
-        target = pool[0][0]
+        target, _ = combine_at_random(numbers, rng)  # so it can be reached
         if target > self.top or target in numbers or not keep((sorted(numbers), target)):
             return None
         return f"Numbers: {' '.join(map(str, numbers))} Target: {target}", (tuple(numbers), target)
@@ -409,16 +413,14 @@ class Countdown(Task):
         if tree is None or equals and claimed.strip() != str(target):
             return NOTHING
         used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        if used != Counter(numbers) or (value := evaluate(tree)) is None:
-            return NOTHING
-        return Outcome(1.0 if value == target else 0.1, value == target, canonical(tree), True)
+        with suppress(ZeroDivisionError):
+            if used == Counter(numbers):
+                success = evaluate(tree) == target
+                return Outcome(1.0 if success else 0.1, success, canonical(tree), True)
+        return NOTHING
 
     def guess(self, problem, rng):
-        pool = [str(n) for n in problem.data[0]]
-        while len(pool) > 1:
-            rng.shuffle(pool)
-            pool.append(f"( {pool.pop()} {rng.choice('+-*/')} {pool.pop()} )")
-        return [f"<answer> {pool[0][2:-2]} </answer>"]
+        return [f"<answer> {combine_at_random(problem.data[0], rng)[1]} </answer>"]
 
     def floor(self):
         return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(9)))
@@ -494,11 +496,11 @@ class Grid(Task):
     max_actions: int = 10
 
     solution_tokens = 400
-    actions, vocabulary = (), ""
+    actions, vocabulary, limits = (), "", {}
     steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
-        check_range(self, size=(2, 12), max_turns=(1, 100), turn_actions=(1, 100), max_actions=(1, 100))
+        check_range(self, max_turns=(1, 100), turn_actions=(1, 100), max_actions=(1, 100), **self.limits)
         self.tiny_tokens = dict(sketch=self.max_actions + 2, solution=2 * self.turn_actions + 4)
         numbers = [str(n) for n in range(self.max_actions + 1)]
         self.words = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}".split() + numbers
@@ -516,9 +518,7 @@ class Grid(Task):
         return row * self.size + column if 0 <= row < self.size and 0 <= column < self.size else None
 
     def picture(self, board: str, state: Hashable, left: int) -> str:
-        glyphs = [self.glyph(board, state, cell) for cell in range(self.size**2)]
-        rows = [" ".join(glyphs[at : at + self.size]) for at in range(0, self.size**2, self.size)]
-        return "\n".join([*rows, f"{left} actions left"])
+        return write_grid([self.glyph(board, state, cell) for cell in range(self.size**2)]) + f"\n{left} actions left"
 
     def draw(self, rng, keep):
         board, state = self.room(rng)
@@ -603,14 +603,11 @@ class Sokoban(Grid):
 
     name = "sokoban"
     actions = "Up", "Down", "Left", "Right"
+    limits = dict(size=(5, 12), boxes=(1, 4), density=(0, 0.8))
     sides = "Below", "Above", "Right", "Left"  # where the player stands to push Up, Down, Left, Right
     vocabulary = "# _ O √ X P S Up Down Left Right Below Above from then"
     rules = "Push all boxes X onto targets O by moving into them. # wall, _ floor, P you, S you and √ box on a target."
     sketch_hint = "the sides to push the box from, in order, such as 'from Left then Below' (from Left pushes it right)"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, size=(5, 12), boxes=(1, 4), density=(0, 0.8))
 
     def room(self, rng):
         """A random walk digs the room, so it is connected."""
@@ -666,13 +663,13 @@ class FrozenLake(Grid):
     name = "frozenlake"
     actions = "Left", "Down", "Right", "Up"  # gymnasium's order: neighbours in it are at right angles
     vocabulary = "P _ O G X √ Left Down Right Up"
+    limits = dict(size=(2, 12), frozen=(0.3, 1))
     sketch_hint = "the route to walk, such as 'Right Right Down'"
 
     def __post_init__(self):
         slip = "The ice is slippery: a move may go to either side instead." if self.slippery else ""
         self.rules = f"Walk to the goal G, not into a hole O. P you, _ ice, X you in a hole, √ you at the goal. {slip}"
         super().__post_init__()
-        check_range(self, frozen=(0.3, 1))
 
     def room(self, rng):
         board = rng.choices("_O", (self.frozen, 1 - self.frozen), k=self.size**2)
@@ -760,8 +757,7 @@ class Sudoku(Task):
         self.words = ["<think>", "</think>", "<answer>", "</answer>", "_", *self.numbers, *self.cells]
 
     def write(self, grid: Sequence[int]) -> str:
-        rows = [grid[at : at + self.size] for at in range(0, self.size**2, self.size)]
-        return "\n".join(" ".join(str(number or "_") for number in row) for row in rows)
+        return write_grid([str(number or "_") for number in grid])
 
     def draw(self, rng, keep):
         """Blanks are taken one by one from a random full grid. A cell whose number is the only candidate left can go;
@@ -776,13 +772,11 @@ class Sudoku(Task):
         return (self.write(grid), (grid, solution)) if grid.count(0) == self.blanks and keep(grid) else None
 
     def score(self, data, text):
-        grid, solution = data
         digits = re.sub(r"[\s|+-]+", "", extract_answer(text) or "")
-        fits = all(digit in (str(n) if n else self.numbers) for n, digit in zip(grid, digits, strict=False))
-        if len(digits) != len(grid) or not fits:
-            return NOTHING
-        success = digits == "".join(map(str, solution))
-        return Outcome(float(success), success, digits, True)
+        givens = [str(number) if number else self.numbers for number in data[0]]
+        fits = len(digits) == len(givens) and all(map(contains, givens, digits))
+        success = digits == "".join(map(str, data[1]))
+        return Outcome(float(success), success, digits, True) if fits else NOTHING
 
     def guess(self, problem, rng):
         filled = [number or rng.randint(1, self.size) for number in problem.data[0]]
@@ -820,12 +814,14 @@ class Record(NamedTuple):
 def read_rows(source: str) -> Iterator[Any]:
     """The lines of a JSONL file, or the rows of a parquet file or of a hub data set, owner/name[:config[:split]]."""
     if source.endswith(".parquet"):
+        need("pyarrow")
         from pyarrow.parquet import read_table
 
         yield from read_table(source).to_pylist()
     elif Path(source).exists() or source.endswith((".json", ".jsonl")):
-        yield from Path(source).read_text(encoding="utf-8").split("\n")
+        yield from (line.strip() for line in Path(source).read_text(encoding="utf-8").split("\n"))
     else:
+        need("datasets")
         from datasets import load_dataset
 
         name, config, split = (source.split(":") + ["", ""])[:3]
@@ -835,31 +831,25 @@ def read_rows(source: str) -> Iterator[Any]:
 def read_records(source: str) -> list[Record]:
     """The records of a source, in the forms of GSM8K, MATH or AIME: question or problem, and answer or solution, in any
     case. ValueError that names file, line and rule for a broken one."""
-    records = []
     try:
-        for number, row in enumerate(read_rows(source), 1):
-            if row and row != "\r":
-                records.append(read_record(f"{source}, line {number}", row))
-    except ImportError as error:
-        raise ValueError(f"{source}: reading it needs the package {error.name!r}; install it with pip") from None
+        rows = list(read_rows(source))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl or .parquet file or a hub id") from None
+    records = [read_record(f"{source}, line {number}", row) for number, row in enumerate(rows, 1) if row]
     if not records:
         raise ValueError(f"{source}: holds no record; give one JSON object per line")
     return records
 
 
 def read_record(where: str, row: dict | str) -> Record:
-    try:
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
         row = {key.lower(): value for key, value in (json.loads(row) if isinstance(row, str) else row).items()}
         question, answer = row.get("question", row.get("problem")), row.get("answer", row.get("solution"))
-        if not isinstance(question, str) or isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise TypeError
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f'{where}: must be a JSON object {{"question": text, "answer": text or number}}') from None
-    worked = str(row.get("solution") or answer).strip()
-    final = extract_final(str(answer)) or str(answer).strip()
-    return Record(question.strip(), final, "" if worked == final else worked)
+        if isinstance(question, str) and isinstance(answer, str | int | float) and not isinstance(answer, bool):
+            worked = str(row.get("solution") or answer).strip()
+            final = extract_final(str(answer)) or str(answer).strip()
+            return Record(question.strip(), final, "" if worked == final else worked)
+    raise ValueError(f'{where}: must be a JSON object {{"question": text, "answer": text or number}}')
 
 
 def extract_final(text: str) -> str | None:
@@ -870,8 +860,8 @@ def extract_final(text: str) -> str | None:
     """
     start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
     if start < len("\\boxed{"):
-        line = text[max(text.rfind("####"), 0) :][:MAX_ANSWER].split("\n")[0]
-        return line[4:].strip() if line.startswith("####") else None
+        line = text[max(text.rfind("####"), 0) :][: MAX_ANSWER + 5].split("\n")[0]
+        return line[4:].strip() if line.startswith("####") and len(line) < MAX_ANSWER + 5 else None
     for at, character in enumerate(text[start : start + MAX_ANSWER + 1], start):
         depth += {"{": 1, "}": -1}.get(character, 0)
         if not depth:
@@ -880,7 +870,7 @@ def extract_final(text: str) -> str | None:
 
 
 MATH_NOISE = r"\\(?:left|right|displaystyle|[,;!: ])|\\(?:text|mathrm|mbox)\{[^{}]*\}|\\?[$%]|\^\{?\\circ\}?|~|\s"
-NUMBER = re.compile(r"(-?)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+)|([0-9]*\.?[0-9]+|[0-9]+\.))")
+NUMBER = re.compile(r"-?(?:[0-9]+(?:/0*[1-9][0-9]*|\.[0-9]*)?|\.[0-9]+)")
 
 
 def plain_math(answer: str) -> tuple[str, bool]:
@@ -889,14 +879,11 @@ def plain_math(answer: str) -> tuple[str, bool]:
     >>> [plain_math(a)[0] for a in (r"$1,234.50$", r"\dfrac{2}{4}", r"\left( 3, 4 \right)", "x = 5", r"12\text{ cm}")]
     ['2469/2', '1/2', '(3,4)', '5', '12']
     """
-    text = re.sub(r"^[a-zA-Z]=", "", re.sub(MATH_NOISE, "", answer).replace("\\dfrac", "\\frac")).rstrip(".")
+    text = re.sub(MATH_NOISE, "", answer).replace("\\dfrac", "\\frac").rstrip(".")
+    text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", re.sub(r"^[a-zA-Z]=", "", text))
     if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text):
         text = text.replace(",", "")
-    if not (number := NUMBER.fullmatch(text)):
-        return text, False
-    sign, a, b, c, d, decimal = number.groups()
-    below = Fraction(b or d or 1)
-    return (str(Fraction(sign + (a or c or decimal)) / below), True) if below else (text, False)
+    return (str(Fraction(text)), True) if NUMBER.fullmatch(text) else (text, False)
 
 
 @lru_cache(maxsize=8)
@@ -908,65 +895,61 @@ def shuffled(n: int, seed: str) -> list[int]:
 class Records(Task):
     """Questions with one right answer each, from a JSONL or parquet file or the hub.
 
-    verify="exact": right is the same text, case and spacing aside. verify="math": right is an equivalent expression,
-    first by a plain normaliser, then by math-verify in a process that is killed if it takes too long.
+    exact=True: right is the same text, case and spacing aside. exact=False: right is an equivalent expression, first by
+    a plain normaliser, then by math-verify in a process that is killed if it takes too long.
     """
 
-    train: str
-    validation: str = ""  # a source of its own; without one a tenth of the questions, by hash, is kept for validation
-    verify: str = "exact"
+    train: str = "openai/gsm8k:main:train"
+    validation: str = "openai/gsm8k:main:test"  # "": a tenth of the questions of train, chosen by hash, is held out
+    exact: bool = False
 
+    name = "math"
     sketch_tokens, solution_tokens = 96, 1024
     sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        self.name, self.judge = "math" if self.verify == "math" else f"jsonl-{Path(self.train).stem}", Judge("math")
-        if self.verify not in ("exact", "math"):
-            raise ValueError(f"verify {self.verify!r}: must be 'exact' or 'math'")
-        if self.verify == "math":
+        self.judge = Judge("math")
+        if self.exact:
+            self.name = f"jsonl-{Path(self.train).stem}"
+        else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
-            if not importlib.util.find_spec("math_verify"):
-                raise ValueError("verify 'math' needs the package math-verify; install it with pip")
+            need("math_verify")
         every, held_out = read_records(self.train), read_records(self.validation) if self.validation else []
         asked = {r.question for r in held_out} or {r.question for r in every if share_of(r.question) < 0.1}
         self.records = {"train": [r for r in every if r.question not in asked]}
         self.records["validation"] = held_out or [r for r in every if r.question in asked]
-        for split, found in self.records.items():
-            if not found:
-                rule = f"{len(every)} records leave none for {split}; give more, or the option validation=<source>"
-                raise ValueError(f"{self.train}: {rule}")
+        if not all(self.records.values()):
+            raise ValueError(f"{self.train}: {len(every)} records leave none for train or for validation; give more")
+        shown = [self.demonstrate(Problem(0, record.question, record), random) for record in every + held_out]
+        texts = (text for problem, sketches, turns in shown for text in (problem.text, *sketches, *turns))
+        self.words = sorted({word for text in texts for word in text.split()})
         self.tiny_tokens = dict(sketch=16, solution=5 + max(len(f"{r.worked} {r.answer}".split()) for r in every))
 
-    @cached_property
-    def words(self):
-        shown = [self.demonstrate(Problem(0, r.question, r), random) for rs in self.records.values() for r in rs]
-        texts = (text for problem, sketches, turns in shown for text in (problem.text, *sketches, *turns))
-        return sorted({word for text in texts for word in text.split()})
-
-    def count(self, split):
+    def num_problems(self, split):
         return len(self.records[split])
 
     def make(self, split, seed, i):
         """The records of a split, shuffled anew for each epoch."""
-        epoch, at = divmod(i, self.count(split))
-        record = self.records[split][shuffled(self.count(split), f"{self.name} {split} {seed} {epoch}")[at]]
+        epoch, at = divmod(i, self.num_problems(split))
+        record = self.records[split][shuffled(self.num_problems(split), f"{self.name} {split} {seed} {epoch}")[at]]
         return Problem(i, record.question, record)
 
     def score(self, data, text):
-        if self.verify == "exact":
+        if self.exact:
             key, right = (" ".join((answer or "").casefold().split()) for answer in (extract_answer(text), data.answer))
             success = key == right
         else:
             answer = extract_final(text) or extract_answer(text) or ""
             (key, number), (right, right_number) = plain_math(answer), plain_math(data.answer)
-            success = key == right or key != "" and not (number and right_number) and self.judge.ask(right, key) == 1
+            unsure = key != "" and not (number and right_number)
+            success = key == right or unsure and self.judge.ask(data.answer, answer) == 1
         return Outcome(float(success), success, key, True) if key else NOTHING
 
     def demonstrate(self, problem, rng):
         """The approach is the first sentence of the worked solution, where there is one."""
         _, answer, worked = problem.data
         thought = f"<think> {worked} </think> " if worked else ""
-        final = f"\\boxed{{ {answer} }}" if self.verify == "math" else f"<answer> {answer} </answer>"
+        final = f"<answer> {answer} </answer>" if self.exact else f"\\boxed{{ {answer} }}"
         sketch = " ".join(re.split(r"\. |\n", worked)[0].split()[:15]) or "answer directly"
         return Demonstration(problem, [sketch], [thought + final])
 
@@ -993,16 +976,12 @@ class Judge:
     def ask(self, *question: Any) -> float:
         """The score of a question, 0 if it was not found in time."""
         if self.process is None:  # started when first needed
-            command = [sys.executable, __file__, *self.setup]
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            self.process = subprocess.Popen(command, **pipes)
-        try:
+            self.process = Popen([sys.executable, __file__, *self.setup], stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        with suppress(OSError, ValueError):
             self.process.stdin.write(json.dumps(question).encode() + b"\n")
             self.process.stdin.flush()
             if select.select([self.process.stdout], [], [], self.START_LIMIT)[0]:
                 return int(self.process.stdout.readline()) / 100
-        except (OSError, ValueError):
-            pass
         self.process.kill()
         self.process = None
         return 0.0
@@ -1017,13 +996,12 @@ def serve_judge(*setup: str):
     judge = load_judge(*setup)
     for line in sys.stdin:
         if not (child := os.fork()):
-            score = 0.0
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
                 signal.setitimer(signal.ITIMER_REAL, Judge.TIME_LIMIT)
-                score = judge(*json.loads(line))
-            finally:
-                os._exit(round(100 * min(1.0, max(0.0, score))))  # no clean-up, no traceback: a copy of the server
+                os._exit(round(100 * min(1.0, max(0.0, judge(*json.loads(line))))))
+            finally:  # no clean-up and no traceback: this is a copy of the server
+                os._exit(0)
         print(max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), file=replies, flush=True)
 
 
@@ -1036,7 +1014,7 @@ def load_judge(library: str, *config: str) -> Callable[..., float]:
     def equivalent(right, answer):
         # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
         options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-        sides = [parse(f"${text}$", **options) for text in (right, answer)]
+        sides = [parse(f"${text.replace('$', '')}$", **options) for text in (right, answer)]
         return float(all(sides) and verify(*sides, timeout_seconds=None))
 
     equivalent("\\frac{1}{2}", "0.5")  # fills the caches of the parser before the first fork
@@ -1072,10 +1050,9 @@ class Gym(Task):
 
     def __post_init__(self):
         self.name = f"gym-{self.source}"
-        try:
-            from reasoning_gym.factory import DATASETS
-        except ImportError:
-            raise ValueError(f"task {self.name}: needs the package reasoning-gym; install it with pip") from None
+        need("reasoning_gym")
+        from reasoning_gym.factory import DATASETS
+
         if self.source not in DATASETS:
             raise ValueError(f"task gym:{self.source}: must be one of gym: {', '.join(sorted(DATASETS))}")
         cls, config_cls = DATASETS[self.source]
@@ -1106,9 +1083,7 @@ class Gym(Task):
 
 # ---------------------------------------------------------------------------------------------------------- make a task
 
-TASKS = {task.name: task for task in (Synthetic, Countdown, Sokoban, FrozenLake, Sudoku)}
-GSM8K = dict(train="openai/gsm8k:main:train", validation="openai/gsm8k:main:test", verify="math")
-TASKS["math"] = partial(Records, **GSM8K)
+TASKS = {task.name: task for task in (Synthetic, Countdown, Sokoban, FrozenLake, Sudoku, Records)}
 
 
 def make_task(name: str, **options) -> Task:
@@ -1122,7 +1097,7 @@ def make_task(name: str, **options) -> Task:
     if kind == "gym" and source:
         return Gym(source, options)
     if kind == "jsonl" and source:
-        cls, options = Records, {"train": source, **options}
+        cls, options = Records, {"train": source, "validation": "", "exact": True, **options}
     elif kind.endswith(".py"):
         cls = load_class(kind, source)
     elif name in TASKS:
@@ -1166,8 +1141,7 @@ def show(task: Task, n: int = 3, seed: int = 0) -> None:
     rng = random.Random(seed)
     problems = task.problems("train", seed)
     for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
-        print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", sep="\n")
-        print(*(f"  {sketch}" for sketch in sketches), sep="\n")
+        print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
         guesses = (task.guess(problem, rng) or ["<answer> I do not know </answer>"] for _ in range(100))
         wrong = next((guess for guess in guesses if not play(task, problem, guess).success), [""])
         for kind, texts in ("demonstration", turns or sketches[:1]), ("a wrong answer", wrong):

@@ -33,7 +33,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch
 import transformers
 import tyro
-from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sampler import Sampler, SamplingParams, Stats
 
@@ -147,7 +154,9 @@ def kept_cache(model, s: Schedule, prompts: list[list[int]]) -> int:
     start = torch.tensor(prompts, device=model.device)
     with torch.inference_mode():
         # all but the last token: `generate` computes at least one
-        root = model(start[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        root = (
+            model(start[:, :-1], use_cache=True, logits_to_keep=1).past_key_values if s.prompt > 1 else DynamicCache()
+        )
         chain, cache, sketches = start, copy.deepcopy(root), []
         for _ in range(s.sketches):
             chain = _generate(model, chain, s.sketch, cache)

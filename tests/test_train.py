@@ -1,0 +1,736 @@
+"""The program from its command line: every run here goes through train.main, most of them on tasks of a few words.
+
+What must not matter (ranks, micro-batches, a crash) is compared run against run; what must hold (the gradient) against
+the textbook's loss, written once more below without batches, padding, chunks or caches.
+"""
+
+import copy
+import doctest
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from train import Config, main
+
+ROOT = Path(__file__).parent.parent
+TIMES = {"step_time", "rollout_time"}
+
+# Random policies of a few words: in `Letters` the sketches are the answers, in `Talk` episodes have two turns.
+TOY_TASKS = '''
+from tasks import Demonstration, Outcome, Problem, Task
+
+
+class Letters(Task):
+    name, two_stage, targets, words = "letters", False, frozenset("abc"), ["go", *"abcdefgh"]
+    tiny_tokens = dict(sketch=3, solution=3)
+
+    def count(self, split):
+        return 1
+
+    def make(self, split, seed, i):
+        return Problem(i, "go", None)
+
+    def score(self, data, text):
+        key = text.split()[0] if text.split() else None
+        return Outcome(float(key in self.targets), key in self.targets, key, key is not None)
+
+    def demonstrate(self, problem, rng):
+        return Demonstration(problem, rng.sample("abcdefgh", 4), [])
+
+    def ceiling(self):
+        return None
+
+
+class Talk(Task):
+    name, max_turns, words = "talk", 2, ["more", *"abcdefgh"]
+    tiny_tokens = dict(sketch=3, solution=4)
+
+    def draw(self, rng, keep):
+        text = " ".join(rng.choice("abcdefgh") for _ in range(3))
+        return (text, text) if keep(text) else None
+
+    def episode(self, problem):
+        return Dialogue(problem)
+
+    def demonstrate(self, problem, rng):
+        return Demonstration(problem, ["a b"], ["a a", "a a"])
+
+    def ceiling(self):
+        return None
+
+
+class Dialogue:
+    def __init__(self, problem):
+        self.problem, self.texts = problem, []
+
+    def observe(self):
+        return "more " + self.texts[-1]
+
+    def act(self, text):
+        self.texts.append(text)
+        return len(self.texts) == 2
+
+    def outcome(self):
+        words = " ".join(self.texts).split()
+        vowels = sum(word in "ae" for word in words)
+        return Outcome(0.1 * len(words) + vowels, vowels > 0, " ".join(sorted(words)), True)
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_a_cache_of_its_own(tmp_path_factory):
+    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
+    torch.set_num_threads(1)
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> dict[str, dict]:
+    """Options of a short run for each of the toy tasks."""
+    file = tmp_path_factory.mktemp("tasks") / "toys.py"
+    file.write_text(TOY_TASKS)
+    both = dict(
+        steps=4, problems_per_step=4, learning_rate=1e-2, warmup_steps=1, eval_every=2, checkpoint_every=2, sample_every=1,
+        eval_problems=3, eval_samples=20, eval_k=(1, 4, 20), tiny_width=32, tiny_layers=1, warm_start_steps=0,
+    )  # fmt: skip
+    return dict(
+        letters=both | dict(task=f"{file}:Letters", num_sketches=4),
+        talk=both | dict(task=f"{file}:Talk", num_sketches=2, num_solutions=2, kl_coef=0.05),
+    )
+
+
+def run(folder: Path, **options) -> Path:
+    main(Config(output_dir=str(folder), **options))
+    return folder
+
+
+def flags(options: dict) -> list[str]:
+    """The same options as they are typed."""
+    words = []
+    for name, value in options.items():
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def untimed(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in TIMES}
+
+
+def weights(folder: Path) -> bytes:
+    """Those of the last checkpoint."""
+    last = max((folder / "checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    return (last / "model.safetensors").read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same_metrics(ours: list[dict], theirs: list[dict], tolerance: float = 1e-5) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine.keys() - TIMES - {"eval"}:
+            assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
+        assert mine.get("eval") == other.get("eval")
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list:
+    """What each step saw and did: (policy before, groups, row of metrics, gradients), in order."""
+    seen, step = [], train.Run.step
+
+    def record(self, *args):
+        before = copy.deepcopy(self.policy.model)
+        groups, row = step(self, *args)
+        seen.append((before, groups, row, [p.grad.clone() for p in self.policy.model.parameters()]))
+        return groups, row
+
+    monkeypatch.setattr(train.Run, "step", record)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real entry point, and what a run leaves behind
+
+
+def command(*words, cwd: Path, monkeypatch) -> int | str | None:
+    """`python train.py words...`, in this process; returns the exit code."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+SYNTHETIC = "--task synthetic --task_options treasures=1500 chain=4 --num_sketches 4 --problems_per_step 4 --steps 3"
+COUNTDOWN = "--task countdown --task_options difficulty=easy --num_sketches 2 --num_solutions 2 --problems_per_step 3"
+TINY = "--tiny_width 32 --tiny_layers 1 --eval_samples 20 --eval_k 1 4 20 --eval_problems 3 --sample_every 1"
+ENTRIES = {
+    "synthetic-sesa": SYNTHETIC + " --warm_start_steps 40",
+    "synthetic-grpo": SYNTHETIC + " --warm_start_steps 40 --method grpo",
+    "countdown-keep": COUNTDOWN + " --steps 2 --sketch_context keep --minibatches 3",
+    "countdown-drop": COUNTDOWN + " --steps 2 --sketch_context drop",
+    "countdown-is": COUNTDOWN + " --steps 2 --sketch_context is --minibatches 2",
+    "countdown-distill": COUNTDOWN + " --steps 2 --sketch_context distill",
+}
+STEP_METRICS = """step reward loss grad_norm entropy kl generated_tokens step_time reward_std frac_reward_zero_std success
+    valid unique_success unique_valid duplicate_rate sketch_distinct completions/mean_length completions/clipped_ratio
+    clip_ratio/low clip_ratio/high sampling/logp_difference sampling/logp_shift prefill_tokens sketch_tokens
+    learning_rate unique_found""".split()
+SUMMARY = "task method seed steps seconds peak_rss_mb generated_tokens coverage unique_found reward valid base versions"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_command_trains_and_leaves_a_complete_folder(entry, tmp_path, monkeypatch, capsys):
+    words = ENTRIES[entry].split() + TINY.split()
+    if entry.startswith("countdown"):  # an untrained policy solves nothing: let the entropy bonus move it
+        words += "--warm_start_steps 0 --entropy_coef 0.01 --learning_rate 1e-3 --warmup_steps 1".split()
+    assert command(*words, "--output_dir", "out", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    out, steps = tmp_path / "out", 3 if "synthetic" in entry else 2
+    assert "Traceback" not in capsys.readouterr().err
+
+    metrics = rows(out)
+    assert [row["step"] for row in metrics] == list(range(1, steps + 1))
+    for row in metrics:
+        assert not set(STEP_METRICS) - row.keys()
+        assert row["generated_tokens"] > 0 and row["grad_norm"] > 0 and row["entropy"] > 0 and row["step_time"] > 0
+    assert set(metrics[-1]["eval"]) == {"iid", "sequential"}
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["steps"] == steps and None not in (config["num_sketches"], config["learning_rate"], config["rarity"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert not set(SUMMARY.split()) - summary.keys() and summary["steps"] == steps
+    assert summary["generated_tokens"] == sum(row["generated_tokens"] for row in metrics)
+    assert summary["peak_rss_mb"] > 50 and {"torch", "transformers", "python"} <= summary["versions"].keys()
+    assert not {"coverage", "reward", "valid"} - summary["base"].keys()
+    if "synthetic" in entry:
+        for coverage in (summary["coverage"], summary["base"]["coverage"]):
+            assert {kind: list(ks) for kind, ks in coverage.items()} == dict.fromkeys(["iid", "sequential"], ["1", "4", "20"])
+
+    samples = rows(out, "samples.jsonl")
+    assert {row["step"] for row in samples} == set(range(1, steps + 1))
+    for group in samples:
+        for solution in group["solutions"]:
+            assert all(isinstance(text, str) for text in solution["text"])
+            assert len(solution["reward"]) == len(solution["advantage"]) == len(solution["success"])
+        if "grpo" not in entry:
+            assert len(group["sketches"]) == config["num_sketches"]
+
+    assert (out / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
+    checkpoint = out / "checkpoints" / f"step_{steps}"
+    assert {"config.json", "model.safetensors", "tokenizer.json", "training_state.pt"} <= {p.name for p in checkpoint.iterdir()}
+    assert not list(out.rglob(".*"))  # no temporary folder is left
+
+
+def test_parameters_move_and_a_checkpoint_holds_them(toys, tmp_path, steps):
+    from transformers import AutoModelForCausalLM
+
+    out = run(tmp_path / "run", **toys["talk"])
+    final = AutoModelForCausalLM.from_pretrained(out / "checkpoints" / "step_4").state_dict()
+    for name, before in steps[0][0].state_dict().items():
+        assert not torch.equal(before, final[name]), name
+    moved = [torch.equal(a, b) for a, b in zip(steps[0][0].parameters(), steps[3][0].parameters(), strict=True)]
+    assert not any(moved)
+
+
+def test_only_the_last_checkpoints_and_the_best_are_kept(toys, tmp_path):
+    options = toys["letters"] | dict(steps=6, checkpoint_every=1, keep_checkpoints=2, eval_every=1)
+    out = run(tmp_path / "run", **options)
+    scores = [max(max(e["coverage"].values()) for e in row["eval"].values()) for row in rows(out)]
+    best = scores.index(max(scores)) + 1
+    kept = {int(p.name.removeprefix("step_")) for p in (out / "checkpoints").iterdir()}
+    assert kept == {5, 6, best}
+
+
+def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(toys, tmp_path):
+    for name in ("letters", "talk"):
+        out = run(tmp_path / name, **toys[name])
+        alone = toys[name] | dict(model=str(out / "checkpoints" / "step_4"), eval_only=True)
+        again = json.loads((run(tmp_path / f"{name}-eval", **alone) / "summary.json").read_text())
+        summary = json.loads((out / "summary.json").read_text())
+        for kind in ("coverage", "pass_at_k", "reward", "valid"):
+            assert again[kind] == summary[kind]
+        assert not (tmp_path / f"{name}-eval" / "checkpoints").exists()
+        assert again["coverage" if name == "letters" else "pass_at_k"] != summary["base"]["coverage"]
+
+
+def test_zero_steps_only_evaluate(toys, tmp_path):
+    out = run(tmp_path / "run", **toys["letters"] | dict(steps=0))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 0 and summary["coverage"] == summary["base"]["coverage"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient
+
+
+def textbook(model, reference, groups, config: Config) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of one update, sequence by sequence, and the means over tokens of what is reported."""
+    limit = {"talk": 8, "letters": 12}["talk" if "Talk" in config.task else "letters"]
+    terms = {"keep": [("prompt", 1.0)], "drop": [("plain", 1.0)], "is": [("plain", 1.0)]}
+    terms["distill"] = [("prompt", 1.0), ("plain", 0.1)]
+    trajectories = [t for g in groups for t in g.trajectories]
+    tokens = sum(len(t.logps) for t in trajectories)
+    loss, entropies, kls = torch.zeros(()), [], []
+    for context, coefficient in terms[config.sketch_context]:
+        for t in trajectories:
+            prompt = getattr(t, context)
+            ids = torch.tensor([prompt + t.body])
+            logits, theirs = (m(ids, use_cache=False).logits[0] / config.temperature for m in (model, reference))
+            logp, ref = logits.log_softmax(-1), theirs.log_softmax(-1).detach()
+            per_span = t.advantages if len(t.advantages) == len(t.spans) else t.advantages * len(t.spans)
+            sampled = iter(t.logps)
+            for (start, end), advantage in zip(t.spans, per_span, strict=True):
+                for place in range(len(prompt) + start, len(prompt) + end):
+                    now, old, token = logp[place - 1], ref[place - 1], ids[0, place]
+                    weight = coefficient * {
+                        "grpo": 1 / (len(trajectories) * len(t.logps)),
+                        "dapo": 1 / tokens,
+                        "dr_grpo": 1 / (len(trajectories) * limit),
+                    }[config.loss_type]
+                    weigh = min((now[token].detach() - next(sampled)).exp().item(), config.is_cap)
+                    weigh = weigh if config.sketch_context == "is" else 1.0
+                    ratio = (now[token] - now[token].detach()).exp()
+                    d = now[token] - old[token]
+                    exact = (now.exp() * (now - old)).sum()
+                    kl = {"exact": exact, "k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_type]
+                    entropy = -(now.exp() * now).sum()
+                    entropies.append(entropy.item())
+                    kls.append(exact.item())
+                    objective = weigh * ratio * advantage - config.kl_coef * kl + config.entropy_coef * entropy
+                    loss = loss - weight * objective
+    return loss, dict(entropy=sum(entropies) / len(entropies), kl=sum(kls) / len(kls))
+
+
+@pytest.mark.parametrize(
+    "toy, changes",
+    [
+        ("talk", dict(sketch_context="keep", loss_type="grpo", temperature=0.8)),
+        ("talk", dict(sketch_context="drop", loss_type="dapo", kl_type="k3", entropy_coef=0.02)),
+        ("talk", dict(sketch_context="is", loss_type="dr_grpo", kl_type="k2", is_cap=1.1)),
+        ("talk", dict(sketch_context="distill", loss_type="grpo", kl_type="k1", temperature=1.4)),
+        ("talk", dict(sketch_context="drop", method="grpo")),
+        ("letters", dict(sketch_context="keep", loss_type="dr_grpo", temperature=1.3, kl_coef=0.3, kl_coef_end=0.3)),
+        ("letters", dict(sketch_context="distill", micro_batch_tokens=1)),
+    ],
+)
+def test_the_gradient_is_the_textbooks(toy, changes, toys, tmp_path, steps):
+    """At the second step, where the policy has left the reference; micro-batches of 40 tokens, so there are several."""
+    options = toys[toy] | dict(steps=2, max_grad_norm=1e9, micro_batch_tokens=40) | changes
+    run(tmp_path / "run", **options)
+    resolved = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
+    reference, (model, groups, row, gradients) = steps[0][0], steps[1]
+    if toy == "letters" and resolved.sketch_context == "distill":
+        pytest.skip("see test_contexts_of_a_chain in test_sesa.py: each guess is a row of its own")
+    resolved.kl_coef = row["kl_coef"]
+    loss, means = textbook(model, reference, groups, resolved)
+    loss.backward()
+    for ours, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    assert norm > 1e-3 and row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+    assert row["entropy"] == pytest.approx(means["entropy"], rel=1e-4)
+    assert row["kl"] == pytest.approx(means["kl"], rel=1e-3) and row["kl"] > 1e-6
+
+
+def test_the_stop_token_is_trained(toys, tmp_path, steps):
+    """Every text that ended did so with the stop token, and what is counted as trained includes it."""
+    run(tmp_path / "run", **toys["letters"] | dict(steps=1))
+    _, [group, *_], row, _ = steps[0]
+    [chain] = group.trajectories
+    ended = [chain.body[end - 1] for (_, end), cut in zip(chain.spans, chain.truncated, strict=True) if not cut]
+    assert ended and set(ended) == {1}  # <eos>
+    assert row["completions/mean_length"] * 4 == row["generated_tokens"]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_the_sampler_and_the_loss_agree_on_log_probs(temperature, toys, tmp_path):
+    for name in ("letters", "talk"):
+        out = run(tmp_path / name, **toys[name] | dict(temperature=temperature, sketch_context="keep"))
+        for row in rows(out):
+            assert row["sampling/logp_difference"] < 1e-4
+    dropped = run(tmp_path / "dropped", **toys["talk"] | dict(sketch_context="drop"))
+    assert rows(dropped)[-1]["sampling/logp_difference"] > 1e-3  # so the number can tell
+
+
+@pytest.mark.parametrize(
+    "toy, changes",
+    [
+        ("letters", dict()),
+        ("talk", dict(sketch_context="is", minibatches=2, loss_type="dapo")),
+        ("talk", dict(sketch_context="distill", loss_type="dr_grpo")),
+    ],
+)
+def test_micro_batches_rows_at_once_and_recomputation_change_nothing(toy, changes, toys, tmp_path):
+    options = toys[toy] | changes
+    whole = rows(run(tmp_path / "whole", **options))
+    for split in (dict(micro_batch_tokens=1, max_rows=3), dict(micro_batch_tokens=50, gradient_checkpointing=True)):
+        assert_same_metrics(rows(run(tmp_path / str(split), **options | split)), whole)
+
+
+def test_two_ranks_are_one(toys, tmp_path):
+    """Three problems on two ranks, several updates per rollout: the shares are uneven, so are the micro-batches."""
+    arms = dict(
+        letters=toys["letters"] | dict(problems_per_step=5),
+        talk=toys["talk"] | dict(problems_per_step=3, minibatches=2, sketch_context="is", micro_batch_tokens=60),
+        grpo=toys["talk"] | dict(problems_per_step=1, method="grpo"),  # the first rank has nothing to do
+    )
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import json, torch, train\n"
+        "torch.set_num_threads(1)\n"
+        "for options in json.loads(sys.argv[1]):\n"
+        "    train.main(train.Config(**options))\n"
+        "    torch.distributed.destroy_process_group()\n"
+    )
+    runs = [dict(options, output_dir=str(tmp_path / f"{name}-2")) for name, options in arms.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(script), json.dumps(runs)], cwd=ROOT, timeout=300, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, options in arms.items():
+        alone = run(tmp_path / f"{name}-1", **options)
+        assert_same_metrics(rows(tmp_path / f"{name}-2"), rows(alone))
+        shared = {json.dumps([g["step"], g["solutions"][0]["text"]]) for g in rows(tmp_path / f"{name}-2", "samples.jsonl")}
+        assert shared <= {json.dumps([g["step"], g["solutions"][0]["text"]]) for g in rows(alone, "samples.jsonl")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+def start(options: dict, folder: Path, cwd: Path) -> subprocess.Popen:
+    words = flags(options | dict(output_dir=str(folder)))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"train.py ended early: {process.stderr.read()[-2000:]}")
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"train.py did not get that far in {seconds} s")
+        time.sleep(0.01)
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert weights(ours) == weights(theirs)
+    assert [untimed(row) for row in rows(ours)] == [untimed(row) for row in rows(theirs)]
+    assert rows(ours, "samples.jsonl") == rows(theirs, "samples.jsonl")
+    mine, other = (json.loads((f / "summary.json").read_text()) for f in (ours, theirs))
+    for summary in (mine, other):
+        summary.pop("seconds"), summary.pop("peak_rss_mb")
+    assert mine == other
+
+
+def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(toys, tmp_path):
+    options = toys["talk"] | dict(steps=30, eval_every=7, checkpoint_every=5, minibatches=2)
+    whole = run(tmp_path / "whole", **options)
+    out = tmp_path / "killed"
+    process = start(options, out, tmp_path)
+    at = 6 + int.from_bytes(os.urandom(1)) % 15  # a step that nobody chose
+    written = out / "metrics.jsonl"
+    wait_for(lambda: written.exists() and len(written.read_bytes().splitlines()) >= at, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists(), f"it had finished before it was killed, after step {at}"
+    run(out, **options | dict(resume=True))
+    assert_same_run(out, whole)
+
+
+def test_what_a_crash_left_half_written_is_dropped(toys, tmp_path, monkeypatch):
+    """Killed while a checkpoint was being written, with half a line at the end of the logs."""
+    whole = run(tmp_path / "whole", **toys["letters"])
+    save = torch.save
+
+    def crash(state, path, *args, **kwargs):
+        save(state, path, *args, **kwargs)
+        if state["step"] == 4:
+            path.write_bytes(path.read_bytes()[:100])
+            raise SystemError("power cut")
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(SystemError):
+        run(tmp_path / "run", **toys["letters"])
+    monkeypatch.undo()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(tmp_path / "run" / name, "a") as file:
+            file.write('{"step": 4, "rew')
+    assert_same_run(run(tmp_path / "run", **toys["letters"] | dict(resume=True)), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_a_run_ends_cleanly_and_can_go_on(number, toys, tmp_path, monkeypatch):
+    options = toys["letters"] | dict(steps=5, eval_every=0, checkpoint_every=100)
+    whole = run(tmp_path / "whole", **options)
+    step, handlers = train.Run.step, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def interrupted(self, at, *args):
+        if at == 2:
+            os.kill(os.getpid(), number)
+        return step(self, at, *args)
+
+    monkeypatch.setattr(train.Run, "step", interrupted)
+    out = run(tmp_path / "run", **options)
+    monkeypatch.undo()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [row["step"] for row in rows(out)] == [1, 2, 3] and (out / "checkpoints" / "step_3").is_dir()
+    assert json.loads((out / "summary.json").read_text())["steps"] == 3
+    run(out, **options | dict(resume=True))
+    assert weights(out) == weights(whole)
+    assert [untimed(row) | dict(eval=0) for row in rows(out)] == [untimed(row) | dict(eval=0) for row in rows(whole)]
+
+
+def test_a_finished_run_can_be_resumed_for_more_steps(toys, tmp_path):
+    out = run(tmp_path / "run", **toys["letters"])
+    before = rows(out)
+    run(out, **toys["letters"] | dict(resume=True))
+    assert rows(out) == before  # there was nothing to do
+    run(out, **toys["letters"] | dict(resume=True, steps=6))
+    assert rows(out)[:4] == before and [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Golden numbers
+
+
+def test_golden_first_losses_of_the_main_job(tmp_path):
+    """The default config with a short warm start, and so many treasures that the policy hits some from the first step.
+
+    To make the numbers anew, after a change that is meant to change them, print `found` below.
+    """
+    options = dict(task_options=("treasures=1000",), warm_start_steps=60, steps=5, eval_samples=16, eval_k=(1,))
+    found = [(row["loss"], row["grad_norm"], row["reward"]) for row in rows(run(tmp_path / "run", **options))]
+    golden = GOLDEN
+    for ours, theirs in zip(found, golden, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6), found
+
+
+GOLDEN = [(0.0, 0.0, 0.0)] * 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("--task nonsense", "task 'nonsense': must be one of synthetic, countdown"),
+        ("--task nowhere.py:Task", "nowhere.py:Task: there is no such file"),
+        ("--task jsonl:broken.jsonl", "broken.jsonl, line 2: must be a JSON object"),
+        ("--task jsonl:nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+        ("--task_options treasures", "--task_options 'treasures': must be name=value"),
+        ("--task_options nonsense=1", "no option 'nonsense': it has treasures"),
+        ("--task_options treasures=many", "treasures='many': must be int"),
+        ("--task_options treasures=1.5", "treasures=1.5: must be int"),
+        ("--task_options treasures=null", "treasures=None: must be int"),
+        ("--task_options treasures=-1", "treasures -1: must be between"),
+        ("--task countdown --task_options difficulty=[1]", "difficulty"),
+        ("--model ./nowhere", "--model ./nowhere: there is no such file or folder"),
+        ("--model nobody/no-such-model", "--model nobody/no-such-model: cannot be loaded"),
+        ("--model empty", "--model empty: cannot be loaded"),
+        ("--reference ./nowhere", "./nowhere: there is no such file or folder"),
+        ("--num_sketches 1", "is 1: a group of one has nothing to be compared with"),
+        ("--method grpo --group_size 1", "is 1: a group of one has nothing to be compared with"),
+        ("--num_sketches -4", "--num_sketches -4: must be above 0"),
+        ("--problems_per_step 0", "--problems_per_step 0: must be above 0"),
+        ("--problems_per_step 1", "--problems_per_step 1"),
+        ("--steps -1", "--steps -1: must be 0 or more"),
+        ("--max_new_tokens 0", "--max_new_tokens 0: must be above 0"),
+        ("--learning_rate -1", "--learning_rate -1.0: must be above 0"),
+        ("--temperature 0", "--temperature 0.0: must be above 0"),
+        ("--temperature nan", "temperature.*nan"),
+        ("--learning_rate nan", "--learning_rate nan"),
+        ("--kl_coef nan", "--kl_coef nan"),
+        ("--minibatches 17", "--minibatches 17: at most"),
+        ("--top_p 0.9", "--top_p 0.9: the loss trains the whole distribution"),
+        ("--top_p 0", "--top_p 0.0: must be above 0"),
+        ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99: at most"),
+        ("--advantage_scale loo", "--advantage_scale loo"),
+        ("--eval_k 100 --eval_samples 20", "--eval_k"),
+        ("--eval_k 0 4", "--eval_k"),
+        ("--prompts nowhere.json", "--prompts nowhere.json"),
+        ("--prompts broken.jsonl", "--prompts broken.jsonl"),
+        ("--prompts prompts.json", "prompt 'solve' is 'no place': must hold {sketch} once"),
+        ("--prompts list.json", "--prompts list.json"),
+        ("--output_dir full", "--output_dir full exists and is not empty: use --resume, or another folder"),
+        ("--output_dir list.json", "--output_dir list.json"),
+        ("--output_dir list.json/below", "--output_dir list.json/below"),
+        ("--resume --output_dir full", "full holds no checkpoint"),
+        ("--resume", "holds no checkpoint"),
+    ],
+)
+def test_wrong_input_ends_with_one_line_and_touches_nothing(words, line, tmp_path, monkeypatch, capsys):
+    for folder in ("empty", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("precious")
+    (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer": 2}\n{"question": \n')
+    (tmp_path / "prompts.json").write_text('{"solve": "no place"}')
+    (tmp_path / "list.json").write_text("[]")
+    before = tree(tmp_path)
+    small = "--warm_start_steps 0 --tiny_width 32 --tiny_layers 1 --eval_samples 16 --eval_k 1 --steps 0".split()
+    given = words.split()
+    small = [w for i, w in enumerate(small) if small[i - i % 2] not in given]  # all of these take one value
+    assert command(*small, *given, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert re.search(line if "nan" in line else re.escape(line), error), error
+    assert tree(tmp_path) == before and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("words", ["--nonsense 1", "--steps many", "--method ppo", "--device gpu"])
+def test_a_flag_that_does_not_exist_is_refused(words, tmp_path, monkeypatch, capsys):
+    assert command(*words.split(), cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    assert command("--device", "cuda", cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    assert "--device cuda: no CUDA device is visible" in capsys.readouterr().err
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def corrupt(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("file", ["training_state.pt", "model.safetensors"])
+@pytest.mark.parametrize("harm", [cut, corrupt, Path.unlink])
+def test_a_damaged_checkpoint_is_refused(harm, file, toys, tmp_path, monkeypatch, capsys, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    harm(tmp_path / "run" / "checkpoints" / "step_4" / file)
+    before = tree(tmp_path)
+    words = flags(toys["letters"]) + ["--resume", "--output_dir", "run"]
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "step_4 is damaged (" in error and "remove it to resume from the one before" in error
+    assert tree(tmp_path) == before
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_4")  # what the line says
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_damaged_model_is_refused(toys, tmp_path, monkeypatch, capsys, finished):
+    shutil.copytree(finished / "checkpoints" / "step_4", tmp_path / "model")
+    cut(tmp_path / "model" / "model.safetensors")
+    words = flags(toys["letters"] | dict(model="model", eval_only=True, output_dir="run"))
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: --model model: cannot be loaded")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [dict(seed=1), dict(learning_rate=1e-3), dict(temperature=0.5, kl_coef=0.0)])
+def test_a_checkpoint_of_another_config_is_refused(changes, toys, tmp_path, monkeypatch, capsys, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    before = tree(tmp_path)
+    words = flags(toys["letters"] | changes | dict(resume=True, output_dir="run"))
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is from another config" in error
+    for name, value in changes.items():
+        assert re.search(rf"{name} \S+ -> {value}", error)
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def finished(toys, tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("finished") / "run", **toys["letters"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking without running
+
+
+@pytest.mark.parametrize("words", ["--dry_run", "--show 2", "--dry_run --task countdown --task_options difficulty=easy"])
+def test_a_look_writes_nothing(words, tmp_path, monkeypatch, capsys):
+    assert command(*words.split(), cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    if "dry_run" in words:
+        shown = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split(maxsplit=1)) == 2)
+        countdown = "countdown" in words
+        assert shown["problems_per_step"] == ("8" if countdown else "16") and shown["num_sketches"] == "16"
+        assert {"output_dir", "steps", "learning_rate", "kl_coef"} <= shown.keys() and "None" not in shown["steps"]
+    else:
+        assert out.count("Outcome(reward=") == 4 and "--- prompt 'sketch'" in out
+
+
+def test_prompts_from_a_file_reach_the_policy(toys, tmp_path, steps):
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(dict(direct="{problem} more")))
+    run(tmp_path / "run", **toys["talk"] | dict(steps=1, method="grpo", prompts=str(file)))
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "step_1" / "sesa.json").read_text())
+    assert saved["prompts"]["direct"] == "{problem} more"
+    vocabulary = json.loads((tmp_path / "run" / "checkpoints" / "step_1" / "tokenizer.json").read_text())["model"]["vocab"]
+    for group in steps[0][1]:
+        words = f"{group.problem.text} more".split()
+        assert group.trajectories[0].prompt == [vocabulary[word] for word in words]
+
+
+def test_examples_in_the_docstrings():
+    failed, _ = doctest.testmod(train)
+    assert not failed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real language model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sesa", "grpo"])
+def test_smollm2_trains_on_countdown_through_its_chat_template(method, smollm2, tmp_path):
+    options = dict(model=smollm2, task="countdown", method=method, num_sketches=4, num_solutions=2, steps=3)
+    options |= dict(problems_per_step=1, max_sketch_tokens=12, max_new_tokens=32, entropy_coef=1e-3, sample_every=1)
+    options |= dict(eval_problems=1, eval_samples=2, eval_k=(1, 2), eval_every=0, learning_rate=1e-5, warmup_steps=1)
+    out = run(tmp_path / "run", **options)
+    metrics, samples = rows(out), rows(out, "samples.jsonl")
+    assert len(metrics) == len(samples) == 3
+    for row in metrics:
+        assert row["grad_norm"] > 0 and 1 < row["completions/mean_length"] <= 32
+    if method == "grpo":
+        assert max(row["sampling/logp_difference"] for row in metrics) < 1e-3
+    for group in samples:
+        texts = [text for solution in group["solutions"] for text in solution["text"]]
+        assert len(texts) == 8 and len(group["sketches"]) == (4 if method == "sesa" else 0)
+        for text in texts + group["sketches"]:
+            assert "<|im_" not in text and "\ufffd" not in text
+        english = [word for text in texts + group["sketches"] for word in re.findall(r"[a-z]{3,}", text)]
+        assert len(english) > 20
+    assert (out / "checkpoints" / "step_3" / "model.safetensors").stat().st_size > 4e8
