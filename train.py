@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from platform import python_version
 from typing import Literal
@@ -236,7 +237,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     grpo, chains = config.method == "grpo", chain_credit(config, task)
     size = config.group_size if grpo else answers
     sized = "--group_size" if grpo else "--num_sketches times --num_solutions"
-    most_k = min(config.eval_samples, answers)
+    least_k, most_k = min(config.eval_k, default=0), min(config.eval_samples, answers)
     unpaired = config.problems_per_step < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1
     alone = chains and config.baseline == "position" and config.problems_per_step < 2
     for name in positive.split() + not_negative.split():
@@ -254,8 +255,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          "answers of a group"),
         (chains and config.advantage_scale not in ("none", "std"), f"--advantage_scale {config.advantage_scale}: "
          "guesses in a chain take none or std"),
-        (not 1 <= min(config.eval_k, default=0) <= most_k, f"--eval_k {config.eval_k}: must be 1 or more, and one of "
-         f"them at most {most_k}, the samples of a problem"),
+        (not 1 <= least_k <= most_k, f"--eval_k {config.eval_k}: the least must be from 1 to "
+         f"{most_k}, the samples of a problem"),
         (config.sketches == "placebo" and unpaired, "--sketches placebo takes the sketches of the problem before: needs "
          "--problems_per_step 2 or more, on one rank"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
@@ -484,11 +485,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
-        taken = []
-        while len(taken) < batch and (row := next(rows, None)):
-            taken.append(row)
-        if not taken:
-            break
+        taken = list(islice(rows, batch))  # a demonstration is one row or more
         for group in optimizer.param_groups:
             group["lr"] = rl.learning_rate(step, steps, min(50, steps), config.warm_start_lr, "cosine")
         total = sum(len(row.targets) for row in taken)
@@ -727,16 +724,13 @@ class Run:
                 for ours, theirs in zip(self.actor.parameters(), self.policy.model.parameters(), strict=True):
                     ours.copy_(theirs)
 
-    def plan(self, **changes) -> sesa.Plan:
-        config = self.config
-        temperature, top_p = changes.pop("temperature", config.temperature), changes.pop("top_p", 1.0)
-        params = {
-            kind: SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=limit)
-            for kind, limit in self.limits.items()
-        }
+    def plan(self, temperature: float, top_p: float = 1.0, **changes) -> sesa.Plan:
+        sketch, solution = (
+            SamplingParams(temperature, top_p, max_new_tokens=self.limits[kind]) for kind in ("sketch", "solution")
+        )
         names = ("method", "num_sketches", "num_solutions", "group_size", "sketches")
-        fields = {name: getattr(config, name) for name in names} | changes
-        return sesa.Plan(**fields, sketch_params=params["sketch"], solution_params=params["solution"])
+        fields = {name: getattr(self.config, name) for name in names} | changes
+        return sesa.Plan(**fields, sketch_params=sketch, solution_params=solution)
 
     def max_tokens(self) -> int:
         """The most that the policy can write in one row of the loss."""
@@ -747,19 +741,17 @@ class Run:
 
     def evaluate(self) -> dict:
         """{"iid": metrics, "sequential": metrics} on validation problems, the same ones at every evaluation."""
-        config, task = self.config, self.task
+        config, task, n = self.config, self.task, self.config.eval_samples
         problems = task.problems("validation", 0)
         problems = [problems[i] for i in range(min(config.eval_problems, len(problems)))]
         sampling = dict(temperature=config.eval_temperature, top_p=config.top_p)
-        answers = config.num_sketches * config.num_solutions
-        n = config.eval_samples
         plans = dict(
             iid=self.plan(method="grpo", group_size=n if task.two_stage else min(n, 50), **sampling),
             sequential=self.plan(method="sesa", sketches="sequential", **sampling),
         )
         found = {}
         for kind, plan in plans.items():
-            size = plan.group_size if kind == "iid" else answers
+            size = plan.group_size if kind == "iid" else plan.num_sketches * plan.num_solutions
             rounds = 1 if task.two_stage else math.ceil(n / size)
             mine = self.ranks.share([p for p in problems for _ in range(rounds)])
             groups = self.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
@@ -767,6 +759,7 @@ class Run:
             if not task.two_stage:  # one problem: its rounds are one list of guesses
                 outcomes = [[o for group in outcomes for o in group][:n]]
             found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, task.targets)
+        found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
         return found
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -843,7 +836,7 @@ class Run:
         config, began, stats = self.config, time.perf_counter(), copy.copy(self.sampler.stats)
         first = step * config.problems_per_step
         mine = self.ranks.share([problems[first + i] for i in range(config.problems_per_step)])
-        groups = self.explorer.rollout(mine, self.plan(), (config.seed, step))
+        groups = self.explorer.rollout(mine, self.plan(config.temperature), (config.seed, step))
         rollout_seconds = time.perf_counter() - began
 
         outcomes = self.ranks.gather([g.outcomes() for g in groups])

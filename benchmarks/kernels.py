@@ -348,6 +348,8 @@ def run_all(arguments: argparse.Namespace, device: str, bandwidth: float, rate: 
     results = []
     for size in sizes_of(device, arguments.quick):
         for index, case in enumerate(cases_of(size, device)):
+            if not re.search(arguments.only, f"{title(size)} {case.name} {'+'.join(case.terms)}"):
+                continue
             try:
                 if device == "cuda":
                     torch.cuda.empty_cache()
@@ -438,6 +440,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of a case, after one that warms up")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU mode; CPU time is their sum")
+    parser.add_argument("--only", default="", help="regular expression: the cases to run, as '<size> <name> <terms>'")
     parser.add_argument("--figure", help="where to write the picture (.png)")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--case", help=argparse.SUPPRESS)

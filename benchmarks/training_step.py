@@ -5,13 +5,15 @@
 
 A step: P prompts, G completions of each drawn i.i.d. (parallel sampling on both sides; nothing stops early), group
 advantages of random rewards, one update with clipping and no KL term (loss `grpo`), gradient norm, AdamW. Both sides
-hold fp32 weights on the same device and threads. TRL samples with `generate` and no vLLM. The steps take turns in
-blocks, the first of each is left out, the best block counts.
+hold fp32 weights on the same threads of the CPU. TRL samples with `generate` and no vLLM. The sides take turns in
+blocks, the first step of each is left out, the best block counts. CPU seconds are those of all threads of the process:
+with --threads 1 they are what an idle machine would take, however busy this one is.
 """
 
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +66,12 @@ def make_prompts(options: Options, policy: train.Policy) -> list[str]:
     return [" ".join(words[i] for i in row) for row in picks.tolist()]
 
 
-def our_steps(options: Options, policy: train.Policy, prompts: list[str]) -> float:
-    """Seconds per step: sampler, advantages and train.update, as train.py runs them."""
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def our_steps(options: Options, policy: train.Policy, prompts: list[str]) -> list[tuple[float, float]]:
+    """The clocks at the end of every step: sampler, advantages and train.update, as train.py runs them."""
     model, config = policy.model, train.Config(kl_coef=0.0, loss_type="grpo")
     sampler = Sampler(model, [])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
@@ -91,26 +97,23 @@ def our_steps(options: Options, policy: train.Policy, prompts: list[str]) -> flo
                 batch.append((p, row))
         train.update(model, None, batch, config, optimizer, 0.0, options.completion, ranks)
 
-    step(0)
-    began = time.perf_counter()
-    for number in range(options.steps):
-        step(number + 1)
-    return (time.perf_counter() - began) / options.steps
+    ends = []
+    for number in range(options.steps + 1):
+        step(number)
+        ends.append(clocks())
+    return ends
 
 
-class StepTimes(transformers.TrainerCallback):
+class StepEnds(transformers.TrainerCallback):
     def __init__(self):
-        self.seconds = []
-
-    def on_step_begin(self, *_, **__):
-        self.began = time.perf_counter()
+        self.ends = []
 
     def on_step_end(self, *_, **__):
-        self.seconds.append(time.perf_counter() - self.began)
+        self.ends.append(clocks())
 
 
-def trl_steps(options: Options, policy: train.Policy, prompts: list[str]) -> float:
-    """Seconds per step of GRPOTrainer, its data loading included; the first step is left out."""
+def trl_steps(options: Options, policy: train.Policy, prompts: list[str]) -> list[tuple[float, float]]:
+    """The clocks at the end of every step of GRPOTrainer."""
     samples = options.problems * options.group_size
     policy.tokenizer.padding_side = "left"
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +123,7 @@ def trl_steps(options: Options, policy: train.Policy, prompts: list[str]) -> flo
             max_steps=options.steps + 1, loss_type="grpo", beta=0.0, learning_rate=1e-6, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True,
         )  # fmt: skip
-        times = StepTimes()
+        times = StepEnds()
         trainer = GRPOTrainer(
             model=policy.model,
             reward_funcs=lambda completions, **_: torch.rand(len(completions)).tolist(),
@@ -129,28 +132,30 @@ def trl_steps(options: Options, policy: train.Policy, prompts: list[str]) -> flo
             processing_class=policy.tokenizer,
             callbacks=[times],
         )
-        began = time.perf_counter()
         trainer.train()
-        whole = time.perf_counter() - began
-    # the completions are drawn while the batch is prepared, before on_step_begin: whole run minus the first step
-    return (whole - whole / (options.steps + 1)) / options.steps
+    return times.ends
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
     policy = load(options)
     prompts = make_prompts(options, policy)
     sides = dict(ours=our_steps, trl=trl_steps)
-    best = dict.fromkeys(sides, float("inf"))
+    best = dict.fromkeys(sides, (float("inf"), float("inf")))
     for _ in range(options.blocks):
         for name, run in sides.items():
-            best[name] = min(best[name], run(options, policy, prompts))
+            ends = run(options, policy, prompts)
+            seconds = [(last - first) / options.steps for first, last in zip(ends[0], ends[-1], strict=True)]
+            best[name] = tuple(map(min, best[name], seconds))
     samples = options.problems * options.group_size
-    for name, seconds in best.items():
-        print(f"{name:<6}{seconds:9.3f} s a step{samples / seconds:10.1f} samples/s")
-    print(f"ours / trl in samples per second: {best['trl'] / best['ours']:.2f}")
+    print(f"P={options.problems} G={options.group_size} prompt={options.prompt} completion={options.completion}")
+    for name, (wall, cpu) in best.items():
+        print(f"{name:<6}{wall:9.3f} s a step{samples / wall:10.1f} samples/s{cpu:9.3f} CPU s a step")
+    ratios = [theirs / mine for theirs, mine in zip(best["trl"], best["ours"], strict=True)]
+    print(f"ours / trl in samples per second: {ratios[0]:.2f}, by CPU seconds {ratios[1]:.2f}")
 
 
 if __name__ == "__main__":

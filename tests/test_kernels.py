@@ -5,6 +5,7 @@ shows neither data races nor speed: `gpu` marks what only a GPU shows, and test_
 """
 
 import doctest
+import json
 import os
 import subprocess
 import sys
@@ -663,6 +664,32 @@ def test_full_logits_are_never_held():
     assert plain * 1024 > 1024 * 32768 * 4  # it does hold them
     for path in ("loss", "stats"):
         assert extra(path) < plain / 4
+
+
+def run_benchmark(tmp_path, *options):
+    command = [sys.executable, str(ROOT / "benchmarks" / "kernels.py"), "--cpu", "--json", str(tmp_path / "out.json")]
+    subprocess.run([*command, *options], check=True, capture_output=True, timeout=1500)
+    return json.loads((tmp_path / "out.json").read_text())["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terms", ["logp[+]entropy$", "logp[+]entropy[+]kl$"])
+def test_memory_and_time_of_the_training_default(terms, tmp_path):
+    """N=4096 H=576 V=49152 in chunks of 512: under a quarter of the plain path's memory, at most 1.25 of its time."""
+    plain, ours = run_benchmark(tmp_path, "--repeats", "1", "--only", f"H=576.*(plain|policy).*{terms}")
+    assert plain["name"] == "plain torch" and ours["name"] == "ours, policy loss, torch"
+    assert ours["peak"] < plain["peak"] / 4
+    assert ours["forward"] + ours["backward"] < 1.25 * (plain["forward"] + plain["backward"])
+    assert ours["error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    results = run_benchmark(tmp_path, "--quick", "--repeats", "1", "--figure", str(tmp_path / "out.png"))
+    assert len(results) == 14 and max(r["error"] for r in results) < 1e-5
+    assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
 # --------------------------------------------------------------------------------------- one distribution, one switch

@@ -1,0 +1,109 @@
+"""What the README states is checked: commands, lines of code, flags, metrics, tables."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODULES = ("sesa", "train", "rl", "sampler", "kernels", "tasks")
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code on them: no blank lines, comments or docstrings."""
+    empty = {
+        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
+        tokenize.ENDMARKER,
+    }  # fmt: skip
+    lines, at_start = set(), True
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if not (token.type == tokenize.STRING and at_start) and token.type not in empty:
+            lines.update(range(token.start[0], token.end[0] + 1))
+        at_start = token.type in empty
+    return len(lines)
+
+
+def test_lines_of_code():
+    counts = {name: code_lines(ROOT / f"{name}.py") for name in MODULES}
+    stated = {name: int(lines) for name, lines in re.findall(r"\| `(\w+)\.py` \| (\d+) \|", README)}
+    assert stated == counts
+    assert f"Together {sum(counts.values()):,} lines of code" in README
+    assert all(lines <= 750 for lines in counts.values()), counts
+    assert counts["kernels"] <= 700
+
+
+def test_the_shape_is_six_modules():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(MODULES)
+
+
+def test_the_two_commands_are_what_ci_runs():
+    commands = re.findall(r"^python3 -m venv .*$", README, re.M)
+    assert [c.rpartition("&& ")[2] for c in commands] == ["torchrun train.py --task synthetic", "pytest -q"]
+    assert all("pip install -r requirements.txt" in command for command in commands)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install --quiet -r requirements.txt" in ci and "torchrun train.py --task synthetic" in ci
+    assert re.search(r"^pytest -q$", ci, re.M)
+
+
+def test_flags_exist():
+    known = {field.name for field in dataclasses.fields(train.Config)}
+    flags = set(re.findall(r"`--(\w+)", README)) | set(re.findall(r" --(\w+)", README))
+    of_others = {"nproc_per_node", "help", "nnodes", "rdzv"}  # torchrun's, tyro's
+    assert flags - of_others <= known
+    assert [name for name in known if not source_of(name)] == [], "a flag without a string under it"
+
+
+def source_of(name: str) -> str:
+    """The lines of a field of Config with the string under it."""
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    match = re.search(rf'^    {name}: .*\n    """.+"""$', text, re.M)
+    return match.group() if match else ""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    train.main(
+        train.Config(
+            task="synthetic",
+            task_options=("chain=4",),
+            steps=1,
+            warm_start_steps=0,
+            tiny_width=32,
+            tiny_layers=1,
+            num_sketches=4,
+            problems_per_step=4,
+            eval_samples=20,
+            eval_k=(1, 20),
+            output_dir=str(folder),
+        )  # fmt: skip
+    )
+    return folder
+
+
+def test_metrics_are_in_the_dictionary(run_folder):
+    [row] = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    table = README.partition("| metric |")[2].partition("\n\n")[0]
+    listed = set(re.findall(r"`([\w/@]+)`", table))
+    assert set(row) - {"step"} <= listed, set(row) - listed
+    assert {"reward", "loss", "grad_norm", "entropy", "kl", "generated_tokens", "step_time"} <= set(row)
+
+
+@pytest.mark.parametrize("name", ["collapse", "tasks"])
+def test_tables_are_drawn_from_the_committed_results(name):
+    script = ROOT / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = module.table(module.results())
+    assert table == module.TABLE.read_text(encoding="utf-8")
+    assert table.strip() in README
+    assert module.PICTURE.stat().st_size > 10_000 and f"experiments/{name}.png" in README
