@@ -423,7 +423,7 @@ class Countdown(Task):
         return [f"<answer> {combine_at_random(problem.data[0], rng)[1]} </answer>"]
 
     def floor(self):
-        return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(9)))
+        return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
 
     def demonstrate(self, problem, rng):
         """All first combinations that lead to a solution, one at random first, then combinations that do not."""
@@ -555,11 +555,13 @@ class Grid(Task):
         """v(state, n): the exact chance of success within n actions; with pick = max the best policy's, with
         pick = fmean that of a uniformly random one."""
 
+        moves = cache(lambda state: [self.moves(board, state, action) for action in range(4)])
+
         @cache
         def v(state, n):
             if not n or self.ended(board, state) is not None:
                 return float(self.ended(board, state) or 0)
-            return pick([sum(p * v(after, n - 1) for p, after in self.moves(board, state, a)) for a in range(4)])
+            return pick([sum(p * v(after, n - 1) for p, after in spread) for spread in moves(state)])
 
         return v
 

@@ -45,6 +45,7 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 import kernels
 import rl
@@ -231,7 +232,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
 
     positive = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens learning_rate
         warmup_steps max_grad_norm eval_problems eval_samples warm_start_batch warm_start_lr tiny_width tiny_layers
-        keep_checkpoints max_rows sample_every temperature is_cap pass_k max_sketch_tokens max_new_tokens cache_gb"""
+        keep_checkpoints max_rows sample_every temperature is_cap pass_k max_sketch_tokens max_new_tokens cache_gb """
     not_negative = """steps seed kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay eval_every
         checkpoint_every warm_start_steps eval_temperature show"""
     grpo, chains = config.method == "grpo", chain_credit(config, task)
@@ -240,10 +241,10 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     least_k, most_k = min(config.eval_k, default=0), min(config.eval_samples, answers)
     unpaired = config.problems_per_step < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1
     alone = chains and config.baseline == "position" and config.problems_per_step < 2
-    for name in positive.split() + not_negative.split():
-        value = getattr(config, name)
-        if value is not None and (value < 0 or value == 0 and name in positive):
-            raise UserError(f"--{name} {value}: must be {'above 0' if name in positive else '0 or more'}")
+    for name in (positive + not_negative).split():
+        value, above = getattr(config, name), name in positive.split()
+        if value is not None and not (value > 0 or value == 0 and not above):  # nan is neither
+            raise UserError(f"--{name} {value}: must be {'above 0' if above else '0 or more'}")
     for wrong, line in (
         (size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"),
         (config.minibatches > config.problems_per_step, f"--minibatches {config.minibatches}: at most the number of "
@@ -257,7 +258,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          "guesses in a chain take none or std"),
         (not 1 <= least_k <= most_k, f"--eval_k {config.eval_k}: the least must be from 1 to "
          f"{most_k}, the samples of a problem"),
-        (config.sketches == "placebo" and unpaired, "--sketches placebo takes the sketches of the problem before: needs "
+        (config.sketches == "placebo" and unpaired, "--sketches placebo takes those of the problem before: needs "
          "--problems_per_step 2 or more, on one rank"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
     ):  # fmt: skip
@@ -382,9 +383,6 @@ class Policy:
 def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Policy:
     """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     path, options = Path(name), dict(dtype=torch.float32)
     remedy = "give tiny, a hub id, a folder or a .gguf file"
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
@@ -709,6 +707,7 @@ class Run:
         policy.model.to(ranks.device)
         if config.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        self.reference = None if config.eval_only else self.make_reference()
         self.chat = policy.chat()
         # On a GPU the weights are fp32 and rollouts run on a bf16 copy of them; on a CPU on the weights themselves.
         self.actor = policy.model if ranks.device.type == "cpu" else copy.deepcopy(policy.model).bfloat16()
@@ -736,7 +735,7 @@ class Run:
         """The most that the policy can write in one row of the loss."""
         if self.task.two_stage:
             return self.limits["solution"] * self.task.max_turns
-        chained = self.config.method == "sesa" and self.config.sketch_context == "keep"
+        chained = self.config.method == "sesa" and self.config.sketch_context in ("keep", "distill")
         return self.limits["sketch"] * (self.config.num_sketches if chained else 1)
 
     def evaluate(self) -> dict:
@@ -765,18 +764,13 @@ class Run:
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
-    def train(self, folder: RunFolder, state: dict | None) -> dict:
-        """Train from where `state` stopped, or from the start; returns the summary."""
+    def train(self, folder: RunFolder, state: dict) -> dict:
+        """Train from where `state` is; returns the summary."""
         config, began = self.config, time.perf_counter()
         optimizer = torch.optim.AdamW(
             self.policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        reference = self.make_reference()
-        if state is None:
-            state = dict(step=0, seconds=0.0, generated_tokens=0, found=[], best_step=0, best=-1.0, last=None)
-            with user_errors():  # such as a prompt that is too long
-                state["base"] = state["last"] = self.evaluate()
-        else:
+        if "weights" in state:
             self.load_weights(state, optimizer)
         earlier = state["seconds"]
         problems = self.task.problems("train", config.seed)
@@ -784,7 +778,7 @@ class Run:
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
         with StopSignal(self.ranks) as stop:
             for step in progress:
-                groups, row = self.step(step, problems, reference, optimizer)
+                groups, row = self.step(step, problems, optimizer)
                 state["step"] = step + 1
                 state["generated_tokens"] += row["generated_tokens"]
                 found = self.ranks.gather([str(o.key) for g in groups for o in g.outcomes() if o.success])
@@ -831,7 +825,7 @@ class Run:
         optimizer.load_state_dict(state.pop("optimizer"))
         self.refresh_actor()
 
-    def step(self, step: int, problems, reference, optimizer) -> tuple[list[sesa.Group], dict]:
+    def step(self, step: int, problems, optimizer) -> tuple[list[sesa.Group], dict]:
         """One rollout and its updates. Returns this rank's groups and the step's row of metrics."""
         config, began, stats = self.config, time.perf_counter(), copy.copy(self.sampler.stats)
         first = step * config.problems_per_step
@@ -854,7 +848,7 @@ class Run:
         placed = zip([place for place, _ in mine], groups, strict=True)
         rows = [(place, row) for place, group in placed for row in sesa.sequences(group, config.sketch_context)]
         max_tokens = self.max_tokens()
-        metrics = update(self.policy.model, reference, rows, config, optimizer, kl_coef, max_tokens, self.ranks)
+        metrics = update(self.policy.model, self.reference, rows, config, optimizer, kl_coef, max_tokens, self.ranks)
         self.refresh_actor()
 
         counts = dict(
@@ -931,7 +925,8 @@ def draw(folder: RunFolder, task: tasks.Task, base: dict) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axis.set_xlabel("step")
-        axis.legend(frameon=False)
+        if axis.lines:
+            axis.legend(frameon=False)
     for kind in ("iid", "sequential"):
         if task.targets:
             known = base[kind]["coverage"]
@@ -995,6 +990,7 @@ def report(summary: dict, config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    disable_progress_bar()  # those of transformers, for every load and save
     with user_errors():
         ranks = Ranks.start(config.device)
         task = tasks.make_task(config.task, **parse_options(config.task_options))
@@ -1005,14 +1001,12 @@ def main(config: Config) -> None:
         folder = RunFolder(config, ranks)
         state = folder.open()
         run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
-    if state is None:
-        folder.create()
-    if config.eval_only:
-        began, found = time.perf_counter(), run.evaluate()
-        state = dict(step=0, seconds=time.perf_counter() - began, generated_tokens=0, found=[], base=found, last=found)
-        summary = run.summary(state)
-    else:
-        summary = run.train(folder, state)
+        if state is None:  # nothing is written before all that can be wrong with the input has been seen
+            began, base = time.perf_counter(), run.evaluate()
+            state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)
+            state["seconds"] = time.perf_counter() - began
+            folder.create()
+    summary = run.summary(state) if config.eval_only else run.train(folder, state)
     if ranks.rank == 0:
         (folder.path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
         draw(folder, task, summary["base_evaluation"])

@@ -15,7 +15,8 @@ tokens.
 
 `limit` is the time that the machine needs at least: for every forward of the schedule with everything shared, the
 larger of bytes (weights, and each key and value that is attended to, once) over the measured bandwidth, and of
-operations over the measured rate of matrix products. Peak memory is the growth of the resident set during a method.
+operations over the measured rate of matrix products. CPU seconds are those of all threads of the process: with
+--threads 1 they are what an idle machine would take, however busy this one is. Peak memory is the growth of the resident set during a method.
 """
 
 import copy
@@ -154,9 +155,9 @@ def kept_cache(model, s: Schedule, prompts: list[list[int]]) -> int:
     start = torch.tensor(prompts, device=model.device)
     with torch.inference_mode():
         # all but the last token: `generate` computes at least one
-        root = (
-            model(start[:, :-1], use_cache=True, logits_to_keep=1).past_key_values if s.prompt > 1 else DynamicCache()
-        )
+        root = DynamicCache()
+        if s.prompt > 1:
+            model(start[:, :-1], past_key_values=root, use_cache=True, logits_to_keep=1)
         chain, cache, sketches = start, copy.deepcopy(root), []
         for _ in range(s.sketches):
             chain = _generate(model, chain, s.sketch, cache)
@@ -295,22 +296,25 @@ def measure(model, s: Schedule, options: Options, methods: tuple[str, ...], rate
         "kept cache": lambda: kept_cache(model, s, prompts),
         "batch": lambda: generate_batch(model, s, prompts),
     }
-    results = {name: dict(seconds=float("inf"), peak_mb=0.0, prefill_tokens=0) for name in methods}
+    fresh = dict(seconds=float("inf"), cpu_seconds=float("inf"), peak_mb=0.0)
+    results = {name: dict(fresh) for name in methods}
     for _ in range(options.repeats):
         for name in methods:
             result = results[name]
             with PeakMemory() as memory:
-                began = time.perf_counter()
+                began, cpu_began = time.perf_counter(), time.process_time()
                 result["prefill_tokens"] = calls[name]()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                seconds = time.perf_counter() - began
+                seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
             result["seconds"] = min(result["seconds"], seconds)
+            result["cpu_seconds"] = min(result["cpu_seconds"], cpu_seconds)
             result["peak_mb"] = max(result["peak_mb"], memory.mb)
     least = limit(model, s, *rates)
     for result in results.values():
         result["tokens_per_second"] = s.generated / result["seconds"]
         result["times_ours"] = result["seconds"] / results["ours"]["seconds"]
+        result["cpu_times_ours"] = result["cpu_seconds"] / results["ours"]["cpu_seconds"]
         result["of_limit"] = least / result["seconds"]
     return results
 
@@ -319,15 +323,12 @@ def measure(model, s: Schedule, options: Options, methods: tuple[str, ...], rate
 
 
 def print_table(s: Schedule, results: dict) -> None:
-    print(
-        f"\nP={s.problems} K={s.sketches} L_s={s.sketch} M={s.solutions} L_y={s.solution} prompt={s.prompt}: "
-        f"{s.generated} tokens\n{'method':<12}{'seconds':>9}{'x ours':>8}{'tokens/s':>10}{'prefill':>9}{'peak MB':>9}"
-        f"{'of limit':>10}"
-    )
+    print(f"\nP={s.problems} K={s.sketches} L_s={s.sketch} M={s.solutions} L_y={s.solution} prompt={s.prompt}")
+    print("method       seconds  x ours    CPU s  x ours  tokens/s  prefill  peak MB  of limit")
     for name, r in results.items():
         print(
-            f"{name:<12}{r['seconds']:>9.3f}{r['times_ours']:>8.2f}{r['tokens_per_second']:>10.0f}"
-            f"{r['prefill_tokens']:>9}{r['peak_mb']:>9.0f}{r['of_limit']:>10.1%}",
+            f"{name:<11}{r['seconds']:>9.3f}{r['times_ours']:>8.2f}{r['cpu_seconds']:>9.3f}{r['cpu_times_ours']:>8.2f}"
+            f"{r['tokens_per_second']:>10.0f}{r['prefill_tokens']:>9}{r['peak_mb']:>9.0f}{r['of_limit']:>10.1%}",
             flush=True,
         )
 
@@ -346,8 +347,8 @@ def growth(model, options: Options, rates) -> dict[str, list]:
             out[name].append(dict(value=value, results=results))
         if name == "sketches":
             for method in ("ours", "reprefill"):
-                each = [f"{1e3 * r['results'][method]['seconds'] / r['value']:.0f}" for r in out[name]]
-                print(f"ms per sketch, {method}, K = {', '.join(map(str, values))}: {', '.join(each)}")
+                each = [f"{1e3 * r['results'][method]['cpu_seconds'] / r['value']:.0f}" for r in out[name]]
+                print(f"CPU ms per sketch, {method}, K = {', '.join(map(str, values))}: {', '.join(each)}")
     return out
 
 
@@ -361,10 +362,10 @@ def draw(curves: dict[str, list], options: Options, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
     for axis, (name, points) in zip(axes, curves.items(), strict=True):
         for method, style in (("ours", "o-"), ("reprefill", "s--")):
-            seconds = [point["results"][method]["seconds"] for point in points]
+            seconds = [point["results"][method]["cpu_seconds"] for point in points]
             axis.plot([point["value"] for point in points], seconds, style, label=method)
         axis.set_xlabel(labels[name])
-        axis.set_ylabel("seconds")
+        axis.set_ylabel("CPU seconds")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
     figure.suptitle(f"{options.model.rstrip('/').split('/')[-1]}, {options.threads} threads, {options.dtype}")

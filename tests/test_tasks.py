@@ -80,10 +80,10 @@ def test_a_problem_is_a_function_of_seed_split_and_index(name, options):
 
 @every_generated
 def test_train_and_validation_share_no_problem(name, options):
-    task, n = make_task(name, **options), 60 if options.get("size") == 9 or options.get("boxes") else 400
+    task, n = make_task(name, **options), 25 if options.get("size") == 9 or name == "sokoban" else 400
 
     def canonical(problem):
-        return str(sorted(problem.text.split())) if name == "countdown" else problem.text
+        return (tuple(sorted(problem.data[0])), problem.data[1]) if name == "countdown" else problem.text
 
     train = {canonical(p) for seed in (0, 1) for p in first(task, n, "train", seed)}
     assert train.isdisjoint(canonical(p) for seed in (0, 1) for p in first(task, n, "validation", seed))
@@ -92,7 +92,7 @@ def test_train_and_validation_share_no_problem(name, options):
 @every_generated
 def test_generation_is_fast(name, options):
     task = make_task(name, **options)
-    limit, n = (30, 150) if name == "sokoban" or options.get("size") == 9 else (5, 1000)
+    limit, n = (30, 60) if name == "sokoban" or options.get("size") == 9 else (5, 500)
     start = time.process_time()
     first(task, n)
     assert (time.process_time() - start) * 1000 / n < limit
@@ -155,13 +155,87 @@ def hostile(flag: Path) -> list[str]:
     """Strings made to fool, crash or stall a verifier; the code in them would create the file `flag`."""
     code = f"__import__('pathlib').Path({str(flag)!r}).touch()"
     inner = [
-        *("", " ", "\0", "\ud800", "½ + ¼", "１２ + ３", "٣ + ٤", "1 ⁄ 2", "3 ＋ 5", "Ⅷ", "1e999999999", "nan", "0x10", "1_0"),
-        *("9**9**9**9", "9^{9^{9^{9}}}", "1/0", "8/(3-3)", "--1", "+1", "3 5", "3(5)", "3//5", "3 % 5", "007", "1." * 999),
-        *("(" * 3000, ")" * 3000, "(" * 3000 + "1" + ")" * 3000, "-" * 4000 + "1", "1" + "+1" * 2000, "[" * 999, "{" * 999),
-        *("9" * 4096, "9" * 4097, "9" * 4096 + "x", "1" + ",111" * 1000, "\\frac{" * 600, "\\text{" * 600, "\\sqrt{" * 600),
-        *(code, f"[{code}]", f"eval({code!r})", f"{{{code}}}", f"lambda: {code}", f"@{code}", f"`touch {flag}`", f"$({code})"),
-        *("Up ||" * 800, "|| || ||", "Up | Left", "UP||left", "Up\nLeft", "Up || Sideways", "Up || ", "r1c1 4", "_ " * 81),
-        *("1 2 3 4 " * 4, "1" * 16, "1" * 81, "0" * 81, "¹" * 16, "<answer>", "</answer>", "</think>", "None", "#### 4"),
+        *(
+            "",
+            " ",
+            "\0",
+            "\ud800",
+            "½ + ¼",
+            "１２ + ３",
+            "٣ + ٤",
+            "1 ⁄ 2",
+            "3 ＋ 5",
+            "Ⅷ",
+            "1e999999999",
+            "nan",
+            "0x10",
+            "1_0",
+        ),
+        *(
+            "9**9**9**9",
+            "9^{9^{9^{9}}}",
+            "1/0",
+            "8/(3-3)",
+            "--1",
+            "+1",
+            "3 5",
+            "3(5)",
+            "3//5",
+            "3 % 5",
+            "007",
+            "1." * 999,
+        ),
+        *(
+            "(" * 3000,
+            ")" * 3000,
+            "(" * 3000 + "1" + ")" * 3000,
+            "-" * 4000 + "1",
+            "1" + "+1" * 2000,
+            "[" * 999,
+            "{" * 999,
+        ),
+        *(
+            "9" * 4096,
+            "9" * 4097,
+            "9" * 4096 + "x",
+            "1" + ",111" * 1000,
+            "\\frac{" * 600,
+            "\\text{" * 600,
+            "\\sqrt{" * 600,
+        ),
+        *(
+            code,
+            f"[{code}]",
+            f"eval({code!r})",
+            f"{{{code}}}",
+            f"lambda: {code}",
+            f"@{code}",
+            f"`touch {flag}`",
+            f"$({code})",
+        ),
+        *(
+            "Up ||" * 800,
+            "|| || ||",
+            "Up | Left",
+            "UP||left",
+            "Up\nLeft",
+            "Up || Sideways",
+            "Up || ",
+            "r1c1 4",
+            "_ " * 81,
+        ),
+        *(
+            "1 2 3 4 " * 4,
+            "1" * 16,
+            "1" * 81,
+            "0" * 81,
+            "¹" * 16,
+            "<answer>",
+            "</answer>",
+            "</think>",
+            "None",
+            "#### 4",
+        ),
     ]
     outer = ["<answer>{}</answer>", "<answer>{}", "{}</answer>", "\\boxed{{{}}}", "\\boxed{{{}", "#### {}", "{}"]
     outer += ["</answer>{}<answer>", "<answer><answer>{}</answer></answer>", "<answer>1</answer><answer>{}</answer>"]
@@ -177,7 +251,9 @@ def huge() -> list[str]:
 def mutate(text: str, rng: random.Random) -> str:
     for _ in range(rng.randint(1, 4)):
         at, to = sorted(rng.choices(range(len(text) + 1), k=2))
-        insert = rng.choice(["", text[at:to], "\0", "٣", "**", "(", "</answer>", "<answer>", "||", "=", chr(rng.randrange(1, 0xD7FF))])
+        insert = rng.choice(
+            ["", text[at:to], "\0", "٣", "**", "(", "</answer>", "<answer>", "||", "=", chr(rng.randrange(1, 0xD7FF))]
+        )
         text = text[:at] + insert + text[rng.choice([at, to]) :]
     return text
 
@@ -231,12 +307,18 @@ def test_hostile_strings_against_math_and_its_judge(math_task, tmp_path):
     attack(math_task, 1000, tmp_path / "flag", 2.5, time.monotonic)
 
 
-@pytest.mark.parametrize("name", ["fraction_simplification", "jugs", "decimal_arithmetic"])
-def test_hostile_strings_against_reasoning_gym(name, tmp_path):
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name, n",
+    [("decimal_arithmetic", 100)] + [pytest.param(name, 1000, marks=slow) for name in ("jugs", "rush_hour", "gcd")],
+)
+def test_hostile_strings_against_reasoning_gym(name, n, tmp_path):
     pytest.importorskip("reasoning_gym")
     task = make_task(f"gym:{name}")
     task.judge.ask(0, "1")
-    attack(task, 200, tmp_path / "flag", 2.5, time.monotonic, giants=3)
+    attack(task, n, tmp_path / "flag", 2.5, time.monotonic, giants=3)
     task.judge.process.kill()
 
 
@@ -447,7 +529,7 @@ def test_sokoban_agrees_with_a_second_simulator_and_breadth_first_search(boxes):
 
 def test_sokoban_is_about_as_hard_as_ragens():
     task = make_task("sokoban")
-    problems = first(task, 400)
+    problems = first(task, 300)
     assert 3 <= median(len(task.plan(*p.data[:2], random.Random(0))) for p in problems) <= 6
     assert 0.14 <= fmean(task.value(p.data[0], fmean)(p.data[1], 10) for p in problems) <= 0.24
     assert all(task.value(p.data[0], max)(p.data[1], 10) == 1 for p in problems[:50])
@@ -477,7 +559,12 @@ def test_turns_of_an_agent():
     assert play(task, room(), ["<answer>RIGHT||right||Up||Up</answer>"]) == right  # over at the goal
     assert play(task, room(), ["<answer> Right </answer>", "<answer> Right </answer>"]) == right
     # a turn without an answer, or with one unknown action, does nothing, costs 0.1 and a turn
-    for bad in "Right || Right", "<answer> Right || Jump </answer>", "<answer></answer>", "<answer> Right Right </answer>":
+    for bad in (
+        "Right || Right",
+        "<answer> Right || Jump </answer>",
+        "<answer></answer>",
+        "<answer> Right Right </answer>",
+    ):
         outcome = play(task, room(), [bad, "<answer> Right || Right </answer>"])
         assert outcome == Outcome(10.7, True, "Right Right", False)
         episode = task.episode(room())
@@ -494,7 +581,9 @@ def test_turns_of_an_agent():
     off = play(task, room(ROOM.replace("P X _ O", "P _ X O")), ["<answer>Right||Right||Left||Left</answer>"])
     assert off.reward == pytest.approx(-0.1 * 2 + 1 + 10)
     two = ROOM.replace("P X _ O", "P X O _").replace("# _ _ _ _ #\n# # #", "# _ X O _ #\n# # #")
-    assert play(make_task("sokoban", boxes=2), room(two), ["<answer>Right||Right</answer>"]).reward == pytest.approx(-0.2)
+    assert play(make_task("sokoban", boxes=2), room(two), ["<answer>Right||Right</answer>"]).reward == pytest.approx(
+        -0.2
+    )
 
 
 def test_frozenlake_has_gymnasiums_transitions():
@@ -542,14 +631,16 @@ def test_floors_are_what_random_policies_reach():
         else:
             exact = task.value(problem.data[0], fmean)(problem.data[1], 10)
         seeds = iter(range(10**6))  # other ice each time
-        tries = [Problem(0, "", (*problem.data[:2], next(seeds)) if name != "sudoku" else problem.data) for _ in range(3000)]
+        tries = [
+            Problem(0, "", (*problem.data[:2], next(seeds)) if name != "sudoku" else problem.data) for _ in range(3000)
+        ]
         assert fmean(play(task, p, task.guess(p, rng)).success for p in tries) == pytest.approx(exact, abs=0.03)
 
 
 def test_the_floor_of_countdown_is_measured_through_the_verifier(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     task, rng = make_task("countdown", difficulty="easy"), random.Random(5)
-    again = fmean(play(task, p, task.guess(p, rng)).success for p in first(task, 1000, seed=9) for _ in range(4))
+    again = fmean(play(task, p, task.guess(p, rng)).success for p in first(task, 1000, seed=9) for _ in range(2))
     assert 0.02 < task.floor() < 0.2 and task.floor() == pytest.approx(again, abs=0.02)
     assert task.ceiling() == 1.0
 
@@ -654,7 +745,15 @@ def test_a_validation_file_is_kept_apart(tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", "5", '{"question": "q"}', '{"answer": "a"}', '{"question": 1, "answer": "a"}', '{"question": "q", "answer": null}']
+    [
+        "{",
+        "[]",
+        "5",
+        '{"question": "q"}',
+        '{"answer": "a"}',
+        '{"question": 1, "answer": "a"}',
+        '{"question": "q", "answer": null}',
+    ]
     + ['{"question": "q", "answer": true}', '{"question": "q", "answer": ["a"]}', "[" * 5000, "nonsense"],
 )
 def test_a_broken_line_is_named(line, tmp_path):
@@ -696,26 +795,70 @@ def test_the_forms_of_gsm8k_math_and_aime(tmp_path):
 
 
 def equivalent_pairs() -> list[tuple[str, str]]:
-    pairs = [(str(n), form.format(n)) for n in range(3, 13) for form in ("{}.0", "${}$", "\\frac{{{0}0}}{{10}}", "x = {}")]
+    pairs = [
+        (str(n), form.format(n)) for n in range(3, 13) for form in ("{}.0", "${}$", "\\frac{{{0}0}}{{10}}", "x = {}")
+    ]
     pairs += [(f"\\sqrt{{{n * n * 3}}}", f"{n}\\sqrt{{3}}") for n in range(2, 8)]
     pairs += [(f"\\frac{{1}}{{\\sqrt{{{n}}}}}", f"\\frac{{\\sqrt{{{n}}}}}{{{n}}}") for n in (2, 3, 5, 7)]
     pairs += [(f"(x+{n})^2", f"x^2+{2 * n}x+{n * n}") for n in range(1, 9)]
-    pairs += [(f"{n}\\pi", f"\\pi \\cdot {n}") for n in range(2, 8)]
+    pairs += [(f"{n}\\pi", f"\\pi \\cdot {n}") for n in range(2, 8)] + [
+        (f"10^{{{n}}}", "1" + "0" * n) for n in range(2, 8)
+    ]
     pairs += [(f"\\binom{{{n}}}{{2}}", str(comb(n, 2))) for n in range(4, 8)]
-    pairs += [(f"\\frac{{{n}}}{{4}}", form) for n in (1, 3, 5) for form in (str(n / 4), f"{n}/4", f"\\dfrac{{{n * 2}}}{{8}}")]
-    pairs += [("1,234", "1234"), ("12\\text{ cm}", "12"), ("(1, 2)", "\\left(1,2\\right)"), ("90^\\circ", "90"), ("50\\%", "50")]
-    pairs += [("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"), ("2^{10}", "1024"), ("e^{2\\ln 3}", "9"), ("\\sin^2 x + \\cos^2 x", "1")]
-    pairs += [("x^2 - 1", "(x-1)(x+1)"), ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"), ("-\\frac{1}{3}", "\\frac{-1}{3}")]
-    pairs += [("[0, 1)", "[0,1)"), ("0.5", ".5"), ("\\frac12", "0.5"), ("a+b", "b+a"), ("2(a+b)", "2a+2b"), ("7.", "7"), ("-0", "0")]
+    pairs += [
+        (f"\\frac{{{n}}}{{4}}", form) for n in (1, 3, 5) for form in (str(n / 4), f"{n}/4", f"\\dfrac{{{n * 2}}}{{8}}")
+    ]
+    pairs += [
+        ("1,234", "1234"),
+        ("12\\text{ cm}", "12"),
+        ("(1, 2)", "\\left(1,2\\right)"),
+        ("90^\\circ", "90"),
+        ("50\\%", "50"),
+    ]
+    pairs += [
+        ("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"),
+        ("2^{10}", "1024"),
+        ("e^{2\\ln 3}", "9"),
+        ("\\sin^2 x + \\cos^2 x", "1"),
+    ]
+    pairs += [
+        ("x^2 - 1", "(x-1)(x+1)"),
+        ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"),
+        ("-\\frac{1}{3}", "\\frac{-1}{3}"),
+    ]
+    pairs += [
+        ("[0, 1)", "[0,1)"),
+        ("0.5", ".5"),
+        ("\\frac12", "0.5"),
+        ("a+b", "b+a"),
+        ("2(a+b)", "2a+2b"),
+        ("7.", "7"),
+        ("-0", "0"),
+    ]
     return pairs
 
 
 def test_math_agrees_with_200_pairs_of_answers(math_task):
     same = equivalent_pairs()
     different = [(a, f"{b} + 1") for a, b in same if not set(b) & set("=[{(\\")][:60]
-    different += [(str(n), str(n + 1)) for n in range(20)] + [(f"\\frac{{1}}{{{n}}}", f"\\frac{{1}}{{{n + 1}}}") for n in range(2, 12)]
-    different += [("x+1", "x+2"), ("\\sqrt{2}", "\\sqrt{3}"), ("(1, 2)", "(2, 1)"), ("[0, 1)", "(0, 1]"), ("a+b", "a-b")]
-    different += [("\\pi", "3.14"), ("1/3", "0.33"), ("\\{1, 2\\}", "\\{1, 3\\}"), ("x^2", "x^3"), ("12", "twelve"), ("7", "")]
+    different += [(str(n), str(n + 1)) for n in range(20)] + [
+        (f"\\frac{{1}}{{{n}}}", f"\\frac{{1}}{{{n + 1}}}") for n in range(2, 12)
+    ]
+    different += [
+        ("x+1", "x+2"),
+        ("\\sqrt{2}", "\\sqrt{3}"),
+        ("(1, 2)", "(2, 1)"),
+        ("[0, 1)", "(0, 1]"),
+        ("a+b", "a-b"),
+    ]
+    different += [
+        ("\\pi", "3.14"),
+        ("1/3", "0.33"),
+        ("\\{1, 2\\}", "\\{1, 3\\}"),
+        ("x^2", "x^3"),
+        ("12", "twelve"),
+        ("7", ""),
+    ]
     assert len(same) >= 100 and len(different) >= 100
 
     def judged(right, answer):
@@ -744,14 +887,16 @@ def test_the_judge_kills_what_takes_too_long_and_recovers(math_task):
 # ---------------------------------------------------------------------------------------------------------- reasoning-gym
 
 
-@pytest.mark.parametrize("name", ["codeio", "countdown", "composite", "binary_matrix", "polynomial_multiplication", "puzzle24"])
+@pytest.mark.parametrize(
+    "name", ["codeio", "countdown", "composite", "binary_matrix", "polynomial_multiplication", "puzzle24"]
+)
 def test_data_sets_that_execute_text_are_refused(name):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match="refused, for its code may run text as a program .* in reasoning_gym"):
         make_task(f"gym:{name}")
 
 
-@pytest.mark.parametrize("name", ["maze", "chain_sum", "word_sorting", "knights_knaves", "fraction_simplification"])
+@pytest.mark.parametrize("name", ["word_sorting", "knights_knaves"])
 def test_reasoning_gym_scores_with_its_own_verifier(name):
     pytest.importorskip("reasoning_gym")
     task = make_task(f"gym:{name}")
@@ -771,7 +916,11 @@ def test_reasoning_gym_takes_equivalent_answers_and_options(capsys):
     assert reference == play(task, problem, [f"<answer>{problem.data[1]}</answer>"]).reward == 1.0
     assert task.judge.ask(problem.data[0], problem.data[1]) == 1.0
     task.judge.process.kill()
-    for options, text in ({"nonsense": 1}, "has no option 'nonsense'"), ({"min_value": "x"}, "must be int"), ({"min_value": -5}, "with"):
+    for options, text in (
+        ({"nonsense": 1}, "has no option 'nonsense'"),
+        ({"min_value": "x"}, "must be int"),
+        ({"min_value": -5}, "with"),
+    ):
         with pytest.raises(ValueError, match=text):
             make_task("gym:fraction_simplification", **options)
     with pytest.raises(ValueError, match="must be one of gym: ab, acre"):
@@ -805,7 +954,9 @@ def test_wrong_options_say_what_is_right(name, options, text):
 
 
 def test_options_come_as_text_from_a_command_line():
-    assert make_task("frozenlake", slippery="false", frozen="0.9", size="5") == make_task("frozenlake", slippery=False, frozen=0.9, size=5)
+    assert make_task("frozenlake", slippery="false", frozen="0.9", size="5") == make_task(
+        "frozenlake", slippery=False, frozen=0.9, size=5
+    )
     with pytest.raises(ValueError, match="split 'test': must be 'train' or 'validation'"):
         make_task("countdown").problems("test", 0)
 
