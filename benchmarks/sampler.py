@@ -16,7 +16,8 @@ tokens.
 `limit` is the time that the machine needs at least: for every forward of the schedule with everything shared, the
 larger of bytes (weights, and each key and value that is attended to, once) over the measured bandwidth, and of
 operations over the measured rate of matrix products. CPU seconds are those of all threads of the process: with
---threads 1 they are what an idle machine would take, however busy this one is. Peak memory is the growth of the resident set during a method.
+--threads 1 they are near what an idle machine would take, however busy this one is. Peak memory is the growth of the
+resident set during a method.
 """
 
 import copy
@@ -368,7 +369,7 @@ def draw(curves: dict[str, list], options: Options, path: Path) -> None:
         axis.set_ylabel("CPU seconds")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
-    figure.suptitle(f"{options.model.rstrip('/').split('/')[-1]}, {options.threads} threads, {options.dtype}")
+    figure.suptitle(f"{options.model.rstrip('/').split('/')[-1]}, {options.threads} thread(s), {options.dtype}")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -45,6 +45,7 @@ ARMS = {
 RECOVERY = {
     "recover-grpo": (GRPO, "collapsed GRPO, then GRPO"),
     "recover-grpo-hot": ([*GRPO, "--temperature", "1.2"], "collapsed GRPO, then GRPO at T 1.2"),
+    "recover-grpo-unique-rarity": (ARMS["grpo-unique-rarity"][0], "collapsed GRPO, then GRPO with both rewards"),
     "recover-sesa": ([], "collapsed GRPO, then SESA"),
 }
 
@@ -141,39 +142,41 @@ def draw(rows: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True, width_ratios=[1.2, 1, 1.2])
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=[1.2, 1, 1.2])
     styles = {
         "sesa": ("tab:blue", "SESA"),
         "grpo": ("tab:red", "GRPO"),
         "grpo-unique": ("tab:orange", "GRPO, duplicates earn 0"),
-        "recover-sesa": ("tab:blue", "then SESA"),
-        "recover-grpo": ("tab:red", "then GRPO"),
-        "recover-grpo-hot": ("tab:orange", "then GRPO, T 1.2"),
+        "grpo-unique-rarity": ("tab:green", "GRPO with both of SESA's rewards"),
+        "recover-sesa": ("tab:blue", None),
+        "recover-grpo": ("tab:red", None),
+        "recover-grpo-unique-rarity": ("tab:green", None),
+        "recover-grpo-hot": ("tab:purple", "GRPO at temperature 1.2"),
     }
-    panels = [("sesa", "grpo", "grpo-unique"), ("sesa", "grpo", "grpo-unique"), tuple(RECOVERY)]
-    for axis, arms, metric in zip(axes, panels, ("best", "hits", "best"), strict=True):
+    trained = [arm for arm in styles if arm in ARMS]
+    panels = [(trained, "best"), (trained, "hits"), (list(RECOVERY), "best")]
+    for axis, (arms, metric) in zip(axes, panels, strict=True):
         for arm in arms:
             curves = [row["curve"] for (name, _), row in sorted(rows.items()) if name == arm]
             if not curves:
                 continue
             color, label = styles[arm]
-            steps = [point["step"] for point in curves[0]]
+            label = label if axis is not axes[1] else None
             values = [
                 [20 * max(p["iid"], p["sequential"]) if metric == "best" else 100 * p["hits"] for p in curve]
                 for curve in curves
             ]
+            steps = [point["step"] for point in curves[0]]
             for curve in values:
-                axis.plot(steps, curve, color=color, alpha=0.3, linewidth=1)
+                axis.plot(steps, curve, color=color, alpha=0.25, linewidth=1)
             axis.plot(steps, [statistics.fmean(v) for v in zip(*values, strict=True)], color=color, label=label)
         axis.set_xlabel("step (256 guesses each)")
-        axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(0, 20.5 if metric == "best" else 102)
     axes[0].set_title("treasures found in 320 guesses, of 20")
     axes[1].set_title("share of i.i.d. guesses that hit, %")
-    axes[2].set_title("recovery of a collapsed policy: found in 320")
-    for axis in axes[:1], axes[2:]:
-        axis[0].set_ylim(0, 20.5)
-        axis[0].legend(frameon=False)
+    axes[2].set_title("a collapsed GRPO policy, trained on: found")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(PICTURE, dpi=130)
 
 

@@ -7,6 +7,9 @@ only if a uniform number falls that close to an edge of the distribution. Seeds 
 import doctest
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -660,6 +663,19 @@ def test_stats_can_be_reset(model):
 def test_doctests():
     result = doctest.testmod(sampler_module)
     assert result.attempted >= 5 and result.failed == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_counts_prefills():
+    """Every method samples the same number of tokens (asserted inside); only ours and the kept cache grow linearly."""
+    script = Path(__file__).parent.parent / "benchmarks" / "sampler.py"
+    small = dict(problems=2, sketches=3, solutions=2, prompt=10, sketch=4, solution=5)
+    flags = [word for name, value in small.items() for word in (f"--schedule.{name}", str(value))]
+    methods = ["--methods", "ours", "reprefill", "kept cache", "--repeats", "1", "--threads", "1"]
+    out = subprocess.run([sys.executable, script, *flags, *methods], capture_output=True, text=True, check=True).stdout
+    prefill = {line[:10].strip(): int(line[11:].split()[5]) for line in out.splitlines()[-3:]}
+    # prompts once, 2 separators a problem, 12 sketches as solution prompts / 10 + 15 + 20 a problem and 12 x 14
+    assert prefill == {"ours": 2 * 10 + 2 * 2 + 12 * 4, "reprefill": 2 * 45 + 12 * 14, "kept cache": 20 + 4 + 12 * 5}
 
 
 # ---------------------------------------------------------------------------------------------------- a real model
