@@ -124,8 +124,7 @@ def linear_token_stats(hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidd
     -0.6931
     """
     options = _linear_options(hidden, weight, targets, ref_hidden, ref_weight, temperature, softcap, chunk_size, impl)
-    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes of the products are chosen in _Head
-        return TokenStats(*_LinearStats.apply(hidden, weight, ref_hidden, ref_weight, targets, options))
+    return TokenStats(*_LinearStats.apply(hidden, weight, ref_hidden, ref_weight, targets, options))
 
 
 def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor],
@@ -152,9 +151,8 @@ def linear_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn:
     for i, extra in enumerate(extras):
         shape = tuple(extra.shape)
         _require(shape[:1] == targets.shape, f"extras[{i}] has shape {shape}, it must begin with {len(targets)} tokens")
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, *stats = _LinearLoss.apply(hidden, weight, ref_hidden, ref_weight, targets, loss_fn, extras, options,
-                                         torch.is_grad_enabled())
+    loss, *stats = _LinearLoss.apply(hidden, weight, ref_hidden, ref_weight, targets, loss_fn, extras, options,
+                                     torch.is_grad_enabled())
     return loss, TokenStats(*stats)
 
 
@@ -591,7 +589,7 @@ class _Head:
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, with fp32 `out` whatever the inputs are."""
+    """out = a @ b, or out += a @ b, with fp32 `out` whatever the inputs are (and autocast leaves `out=` alone)."""
     dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
     return torch.addmm(out, a, b, **dtype, out=out) if add else torch.mm(a, b, **dtype, out=out)
 

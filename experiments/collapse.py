@@ -70,7 +70,7 @@ def run(arm: str, seed: int, steps: int, runs: Path) -> None:
     start = None
     if arm in RECOVERY:
         start = collapsed_checkpoint(runs / f"grpo-{seed}")
-        flags += ["--model", str(start), "--reference", "tiny", "--learning_rate", "3e-4"]
+        flags += ["--model", os.path.relpath(start, HERE.parent), "--reference", "tiny", "--learning_rate", "3e-4"]
     folder = runs / f"{arm}-{seed}"
     if any(folder.glob("checkpoints/step_*")):
         flags.append("--resume")

@@ -129,6 +129,20 @@ def test_logps_equal_a_teacher_forced_forward(kind, temperature):
         torch.testing.assert_close(torch.tensor(completion.logps), expected, rtol=0, atol=1e-4)
 
 
+def test_token_t_is_where_the_running_probability_passes_number_t_of_the_seed(model):
+    """The whole contract in one oracle: the uniform numbers of (seed, 0), (seed, 1), ... and a plain forward."""
+    prompt, seeds = PROMPTS[0], [3, 2**40]
+    sampler = Sampler(model, [])
+    rows = sampler.fork(sampler.prefill([prompt]), 2)
+    out = sampler.sample(rows, SamplingParams(temperature=1.4, max_new_tokens=100), seeds)
+    for seed, completion in zip(seeds, out, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        running = (logits / 1.4).double().softmax(-1).cumsum(-1)  # [100, V]
+        numbers = uniforms([seed], [0], 100).view(100, 1)
+        assert completion.ids == (running < numbers).sum(-1).tolist()
+
+
 def test_greedy_logps_are_those_of_temperature_1(model):
     (completion,) = fresh(model, [PROMPTS[0]], SamplingParams(temperature=0, max_new_tokens=10), [0])
     expected = teacher_forced(model, PROMPTS[0], completion.ids, 1.0)
