@@ -272,18 +272,12 @@ def chain_credit(config: Config, task: tasks.Task) -> bool:
     return config.method == "sesa" and not task.two_stage
 
 
-def parse_options(pairs: Sequence[str]) -> dict:
-    """("difficulty=easy", "chain=8") -> {"difficulty": "easy", "chain": 8}: values are JSON, or else plain text."""
-    options = {}
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """("difficulty=easy", "chain=8") -> {"difficulty": "easy", "chain": "8"}; the task knows the types."""
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
+        if "=" not in pair:
             raise UserError(f"--task_options {pair!r}: must be name=value")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,7 +417,9 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", *sesa.TINY_WORDS, *dict.fromkeys(task.words)]
+    if not task.words:
+        raise UserError(f"--model tiny: {config.task} has no closed vocabulary; give a pretrained model")
+    words = ["<pad>", "<eos>", "<unk>", *sesa.TINY_WORDS, *task.words]
     words = {word: i for i, word in enumerate(dict.fromkeys(words))}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""Read before any test module: without a GPU the kernels run in Triton's interpreter, which its import must know."""
+"""Read before any test module, whose imports must know: no network, and without a GPU Triton's interpreter."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests use no network: a model that is not there fails at once
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

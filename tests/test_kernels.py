@@ -112,7 +112,7 @@ def test_oracle_gradient_is_autograds():
     stats = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logq)).sum(-1)
     backpropagate(stats, grads.double())
     expected, d = oracle(x, targets, y, 0.7, 6.0, grads)
-    assert worst(stats, expected) < 1e-12 and relative(leaf.grad, d) < 1e-12
+    assert worst(stats, expected[:3]) < 1e-12 and relative(leaf.grad, d) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------- rows of logits
@@ -165,7 +165,7 @@ def test_without_a_reference_there_is_no_kl(impl):
     assert stats.kl is None and stats.ref_logp is None
     backpropagate(stats, grads)
     expected, d = oracle(x, targets, None, 1.0, 0.0, grads)
-    assert worst(stats[:2], expected) < 1e-5 and relative(x.grad, d) < 1e-4
+    assert worst(stats[:2], expected[:2]) < 1e-5 and relative(x.grad, d) < 1e-4
 
 
 @pytest.mark.parametrize("shift, programs", [(-200.0, 1), (200.0, 1), (200.0, 4096)])
@@ -483,10 +483,10 @@ def test_linear_path_under_shifts(shift, impl):
 
 
 def test_the_loss_does_not_depend_on_the_chunk(impl):
-    hidden, weight, *ref, targets = make_head(24, 32, 600)
+    hidden, weight, *ref, targets = make_head(12, 32, 600)
     extras = grpo_extras(hidden, weight, targets, 1.0)
     runs = []
-    for chunk in (24, 11, 1, None):
+    for chunk in (12, 5, 1, None):
         hidden.grad = weight.grad = None
         loss, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, chunk_size=chunk, impl=impl)
         loss.backward()
@@ -496,12 +496,12 @@ def test_the_loss_does_not_depend_on_the_chunk(impl):
 
 
 def test_linear_repeats_are_bit_identical(impl):
-    hidden, weight, *ref, targets = make_head(24, 32, 600)
+    hidden, weight, *ref, targets = make_head(12, 32, 600)
     extras = grpo_extras(hidden, weight, targets, 1.0)
     runs = []
     for _ in range(2):
         hidden.grad = weight.grad = None
-        loss, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, chunk_size=16, impl=impl)
+        loss, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, chunk_size=5, impl=impl)
         loss.backward()
         runs.append([loss, *stats, hidden.grad, weight.grad])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -819,7 +819,7 @@ def test_the_shim_rounds_to_even_and_refuses_bf16_arithmetic():
 def test_more_rows_than_a_grid_axis_may_have():
     x, _, targets = make_rows(70_000, 130, torch.bfloat16)
     stats = token_stats(x, targets, impl="triton")
-    assert worst(stats[:2], oracle(x, targets)[0]) < 1e-5
+    assert worst(stats[:2], oracle(x, targets)[0][:2]) < 1e-5
 
 
 @pytest.mark.gpu

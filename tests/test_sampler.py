@@ -669,6 +669,11 @@ def test_stats_can_be_reset(model):
     stats = sampler.stats
     assert (stats.prefill_tokens, stats.decode_tokens, stats.generated_tokens) == (3, 3, 4)
     assert (stats.decode_steps, stats.forwards) == (4, 4) and stats.seconds > 0
+    (row,) = sampler.prefill([[1, 2, 3]])
+    sampler.sample([row], SamplingParams(max_new_tokens=2), [0])  # given 3, sampled and computed 1
+    sampler.sample(sampler.fork([row], 1), SamplingParams(max_new_tokens=1), [0])  # computes the last sampled token
+    sampler.sample(sampler.extend([row], [[4]]), SamplingParams(max_new_tokens=1), [0])  # only the 4 is left to compute
+    assert (stats.prefill_tokens, stats.decode_tokens, stats.generated_tokens) == (3 + 3 + 1, 3 + 1 + 1, 4 + 4)
     sampler.stats = Stats()
     sampler.sample(sampler.prefill([[1]]), SamplingParams(max_new_tokens=1), [0])
     assert sampler.stats.generated_tokens == 1

@@ -404,6 +404,25 @@ def test_micro_batches_rows_at_once_and_recomputation_change_nothing(toy, change
         assert_same_metrics(rows(run(tmp_path / str(split), **options | split)), whole)
 
 
+TWO_RANKS = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed as dist
+import train
+dist.init_process_group("gloo")
+dist.init_process_group = lambda *args, **kwargs: None  # once for all runs
+for options in json.loads(sys.argv[1]):
+    train.main(train.Config(**options))
+dist.destroy_process_group()
+"""
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
 def test_two_ranks_are_one(toys, tmp_path):
     """Three problems on two ranks, several updates per rollout: the shares are uneven, so are the micro-batches."""
     arms = dict(
@@ -412,20 +431,16 @@ def test_two_ranks_are_one(toys, tmp_path):
         grpo=toys["talk"] | dict(problems_per_step=1, method="grpo"),  # the first rank has nothing to do
     )
     script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import json, torch, train\n"
-        "torch.set_num_threads(1)\n"
-        "for options in json.loads(sys.argv[1]):\n"
-        "    train.main(train.Config(**options))\n"
-        "    torch.distributed.destroy_process_group()\n"
-    )
+    script.write_text(TWO_RANKS)
     runs = [dict(options, output_dir=str(tmp_path / f"{name}-2")) for name, options in arms.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(script), json.dumps(runs)], cwd=ROOT, timeout=300, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = start([*torchrun, str(script), json.dumps(runs)])
+    try:
+        _, error = done.communicate(timeout=200)
+    finally:
+        if done.poll() is None:
+            os.killpg(done.pid, signal.SIGKILL)  # the ranks, too
+    assert done.returncode == 0, error[-3000:]
     for name, options in arms.items():
         alone = run(tmp_path / f"{name}-1", **options)
         assert_same_metrics(rows(tmp_path / f"{name}-2"), rows(alone))
@@ -435,13 +450,6 @@ def test_two_ranks_are_one(toys, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
-
-
-def start(options: dict, folder: Path, cwd: Path) -> subprocess.Popen:
-    words = flags(options | dict(output_dir=str(folder)))
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -469,7 +477,7 @@ def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(toys, tmp
     options = toys["talk"] | dict(steps=30, eval_every=7, checkpoint_every=5, minibatches=2)
     whole = run(tmp_path / "whole", **options)
     out = tmp_path / "killed"
-    process = start(options, out, tmp_path)
+    process = start([sys.executable, "train.py", *flags(options | dict(output_dir=str(out)))])
     at = 6 + int.from_bytes(os.urandom(1)) % 15  # a step that nobody chose
     written = out / "metrics.jsonl"
     wait_for(lambda: written.exists() and len(written.read_bytes().splitlines()) >= at, process)
