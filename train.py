@@ -1011,7 +1011,7 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description=__doc__.split("\n")[0]))
+        main(tyro.cli(Config, description=__doc__.split("\n")[0], use_underscores=True))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -523,6 +523,12 @@ def test_a_repeat_in_the_list_earns_nothing():
     assert earned(outcomes, "full") == ([1, 0, 1, 1, 1, 1], [True, False, True, True, True, True])
 
 
+def test_a_repeat_keeps_its_penalty():
+    """Or else to fail in the same way again would be better than to fail once."""
+    fallen = Outcome(-1.0, False, "a", True)
+    assert earned([fallen, fallen, hit("b", 0.5), hit("b", 0.5)], "zero")[0] == [-1, -1, 0.5, 0]
+
+
 def test_answers_without_a_key_are_no_repeats_of_each_other():
     crumb = Outcome(0.1, False, None, False)
     assert earned([crumb, crumb], "zero")[0] == [0.1, 0.1]

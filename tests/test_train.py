@@ -607,6 +607,7 @@ GOLDEN = [
         ("--advantage_scale loo", "--advantage_scale loo"),
         ("--eval_k 100 --eval_samples 20", "--eval_k"),
         ("--eval_k 0 4", "--eval_k"),
+        ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
         ("--prompts prompts.json", "prompt 'solve' is 'no place': must hold {sketch} once"),
@@ -680,6 +681,18 @@ def test_a_damaged_model_is_refused(toys, tmp_path, monkeypatch, capsys, finishe
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: --model model: cannot be loaded")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_head_has_a_bias_is_refused(toys, tmp_path, monkeypatch, capsys, finished):
+    """The sampler would add it, the loss would not: they would disagree on every log-prob."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    shutil.copytree(finished / "checkpoints" / "step_4", tmp_path / "model")  # for its tokenizer
+    size = dict(vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    PhiForCausalLM(PhiConfig(**size, eos_token_id=1)).save_pretrained(tmp_path / "model")
+    words = flags(toys["letters"] | dict(model="model", output_dir="run"))
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    assert "its output head has a bias" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes", [dict(seed=1), dict(learning_rate=1e-3), dict(temperature=0.5, kl_coef=0.0)])
