@@ -22,6 +22,7 @@ from statistics import fmean
 import pytest
 import torch
 
+import rl
 import sesa
 import train
 from train import Config, main
@@ -305,8 +306,9 @@ def contexts(trajectory, context: str):
             yield trajectory.plain, trajectory.body[start:end], [(0, end - start)], logps[i : i + 1], advantages[i : i + 1]
 
 
-def textbook(model, reference, groups, config: Config, longest: int) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss of one update, token by token, and the means over tokens of what is reported."""
+def textbook(model, before, reference, groups, config: Config, longest: int) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of one update, token by token, and the means over tokens of what is reported. `before` is the policy
+    that the rollout was drawn from; it is `model` itself at the first update."""
     terms = {"keep": [("prompt", 1.0)], "drop": [("plain", 1.0)], "is": [("plain", 1.0)]}
     terms["distill"] = [("prompt", 1.0), ("plain", 0.1)]
     loss, entropies, kls = torch.zeros(()), [], []
@@ -315,7 +317,8 @@ def textbook(model, reference, groups, config: Config, longest: int) -> tuple[to
         tokens = sum(len(span) for _, _, _, logps, _ in sequences for span in logps)
         for prompt, body, spans, logps, advantages in sequences:
             ids = torch.tensor([prompt + body])
-            ours, theirs = ((m(ids).logits[0] / config.temperature).log_softmax(-1) for m in (model, reference))
+            models = (model, before, reference)
+            ours, first, theirs = ((m(ids).logits[0] / config.temperature).log_softmax(-1) for m in models)
             mine = sum(map(len, logps))
             weight = coefficient * {
                 "grpo": 1 / (len(sequences) * mine), "dapo": 1 / tokens, "dr_grpo": 1 / (len(sequences) * longest)
@@ -323,13 +326,16 @@ def textbook(model, reference, groups, config: Config, longest: int) -> tuple[to
             for (start, end), sampled, advantage in zip(spans, logps, advantages, strict=True):
                 for place, old in zip(range(len(prompt) + start, len(prompt) + end), sampled, strict=True):
                     now, ref, token = ours[place - 1], theirs[place - 1].detach(), ids[0, place]
-                    ratio = (now[token] - now[token].detach()).exp()
+                    start_of_rollout = first[place - 1, token].detach()
+                    ratio = (now[token] - start_of_rollout).exp()
+                    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+                    gain = torch.minimum(ratio * advantage, clipped * advantage)
                     if config.sketch_context == "is":
-                        ratio = ratio * min(math.exp(now[token].item() - old), config.is_cap)
+                        gain = gain * min(math.exp(start_of_rollout.item() - old), config.is_cap)
                     d = now[token] - ref[token]
                     exact, entropy = (now.exp() * (now - ref)).sum(), -(now.exp() * now).sum()
                     kl = {"exact": exact, "k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[config.kl_type]
-                    loss = loss - weight * (ratio * advantage - config.kl_coef * kl + config.entropy_coef * entropy)
+                    loss = loss - weight * (gain - config.kl_coef * kl + config.entropy_coef * entropy)
                     entropies.append(entropy.item())
                     kls.append(exact.item())
     return loss, dict(entropy=fmean(entropies), kl=fmean(kls))
@@ -356,7 +362,7 @@ def test_the_gradient_is_the_textbooks(toy, changes, toys, tmp_path, steps):
     reference, (model, groups, row, gradients) = steps[0][0], steps[1]
     resolved.kl_coef = row["kl_coef"]
     longest = {"talk": 2 * 4, "letters": 4 * 3}[toy]  # turns or guesses, times the limit of each
-    loss, means = textbook(model, reference, groups, resolved, longest)
+    loss, means = textbook(model, model, reference, groups, resolved, longest)
     loss.backward()
     for ours, parameter in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
@@ -365,6 +371,57 @@ def test_the_gradient_is_the_textbooks(toy, changes, toys, tmp_path, steps):
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
     assert row["entropy"] == pytest.approx(means["entropy"], rel=1e-4)
     assert row["kl"] == pytest.approx(means["kl"], rel=1e-3) and row["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("context", ["keep", "is", "distill"])
+def test_several_updates_of_one_rollout_are_clipped_from_its_start(context, toys, tmp_path, steps, monkeypatch):
+    """Each update has its own problems and denominators; the ratio is to the policy that the rollout was drawn from."""
+    updates, step = [], torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        updates.append([(p.detach().clone(), p.grad.clone()) for p in parameters])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    small = dict(steps=1, minibatches=2, problems_per_step=3, max_grad_norm=1e9, clip_low=0.02, clip_high=0.05)
+    run(tmp_path / "run", **toys["talk"] | small | dict(sketch_context=context))
+    config = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
+    [(before, groups, row, _)] = steps
+    losses = []
+    for i, update in enumerate(updates):
+        model = copy.deepcopy(before)
+        for parameter, (value, _) in zip(model.parameters(), update, strict=True):
+            parameter.data.copy_(value)
+        loss, _ = textbook(model, before, before, groups[i::2], config, longest=8)
+        loss.backward()
+        for parameter, (_, gradient) in zip(model.parameters(), update, strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+        losses.append(loss.item())
+    assert len(losses) == 2 and row["loss"] == pytest.approx(fmean(losses), rel=1e-4, abs=1e-6)
+    assert 0 < row["clip_ratio/low"] + row["clip_ratio/high"] < 1
+
+
+def test_every_step_has_fresh_problems_and_fresh_random_numbers(toys, tmp_path, steps):
+    still = dict(learning_rate=1e-12, eval_every=0, steps=3)
+    run(tmp_path / "talk", **toys["talk"] | still)
+    assert len({g.problem for _, groups, _, _ in steps for g in groups}) == 3 * 4
+    assert [g.problem.index for _, groups, _, _ in steps for g in groups] == list(range(12))
+    run(tmp_path / "letters", **toys["letters"] | still)
+    run(tmp_path / "other", **toys["letters"] | still | dict(seed=1))
+    drawn = {str([t.body for g in groups for t in g.trajectories]) for _, groups, _, _ in steps}
+    assert len(drawn) == 9
+
+
+def test_the_learning_rate_and_the_kl_follow_their_schedules(toys, tmp_path, steps):
+    options = dict(steps=10, warmup_steps=4, lr_schedule="linear", kl_coef=0.2, kl_coef_end=0.06, eval_every=0)
+    out = run(tmp_path / "run", **toys["letters"] | options)
+    rates, coefs = zip(*[(row["learning_rate"], row["kl_coef"]) for row in rows(out)], strict=True)
+    assert rates == pytest.approx([rl.learning_rate(i, 10, 4, 1e-2, "linear") for i in range(10)])
+    assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01]) and list(rates[4:]) == sorted(rates[4:])[::-1]
+    assert coefs == pytest.approx([0.2, 0.18, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06, 0.06, 0.06])
+    first, second = (torch.cat([p.flatten() for p in steps[i][0].parameters()]) for i in (0, 1))
+    assert (first - second).abs().max().item() == pytest.approx(rates[0], rel=0.01)  # Adam's first step is the rate
 
 
 def test_the_stop_token_is_trained(toys, tmp_path, steps):
