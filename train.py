@@ -377,6 +377,7 @@ class Policy:
 def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Policy:
     """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     path, options = Path(name), dict(dtype=torch.float32)
     remedy = "give tiny, a hub id, a folder or a .gguf file"
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
@@ -512,7 +513,8 @@ def hidden_states(model: nn.Module, rows: Sequence[rl.TrainingSequence], device)
     place = torch.tensor([t for row in rows for t in row.targets], device=device)  # [N]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-    return hidden[owner, place - 1], ids[owner, place]
+    hidden = hidden[owner, place - 1]  # [N, H]   fp32 even under autocast, which would make the head's product slow
+    return hidden.bfloat16() if device.type == "cuda" else hidden, ids[owner, place]
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:

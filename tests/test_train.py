@@ -112,7 +112,8 @@ def toys(tmp_path_factory) -> dict[str, dict]:
     file.write_text(TOY_TASKS)
     both = dict(
         steps=4, problems_per_step=4, learning_rate=1e-2, warmup_steps=1, eval_every=2, checkpoint_every=2,
-        sample_every=1, eval_problems=3, eval_samples=20, eval_k=(1, 4, 20), tiny_width=32, tiny_layers=1, warm_start_steps=0,
+        sample_every=1, eval_problems=3, eval_samples=20, eval_k=(1, 4, 20), tiny_width=32, tiny_layers=1,
+        warm_start_steps=0,
     )  # fmt: skip
     return dict(
         letters=both | dict(task=f"{file}:Letters", num_sketches=4),
@@ -204,7 +205,8 @@ ENTRIES = {
     "countdown-distill": COUNTDOWN + " --steps 2 --sketch_context distill",
 }
 STEP_METRICS = """step reward loss grad_norm entropy kl generated_tokens step_time reward_std frac_reward_zero_std
-    success valid unique_success unique_valid duplicate_rate sketch_distinct completions/mean_length completions/clipped_ratio
+    success valid unique_success unique_valid duplicate_rate sketch_distinct completions/mean_length
+    completions/clipped_ratio
     clip_ratio/low clip_ratio/high sampling/logp_difference sampling/logp_shift prefill_tokens sketch_tokens
     learning_rate unique_found""".split()
 SUMMARY = "task method seed steps seconds peak_rss_mb generated_tokens coverage unique_found reward valid base versions"
