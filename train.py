@@ -915,7 +915,8 @@ def draw(folder: RunFolder, task: tasks.Task, base: dict) -> None:
 
     rows = folder.rows("metrics.jsonl")
     evals = [dict(step=0, eval=base)] + [r for r in rows if "eval" in r]
-    panels = [["reward", "success", "valid"], ["unique_success", "duplicate_rate"], ["entropy"], ["kl"], ["grad_norm"]]
+    shares, counts = ["reward", "success", "valid", "duplicate_rate"], ["unique_success", "unique_valid"]
+    panels = [shares, counts, ["entropy"], ["kl"], ["grad_norm"]]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
     for axis, names in zip(axes.flat[1:], panels, strict=True):
         for name in names:
@@ -938,6 +939,7 @@ def draw(folder: RunFolder, task: tasks.Task, base: dict) -> None:
     for value, style in ((task.floor(), ":"), (task.ceiling(), "--")):
         if value is not None and not task.targets:
             axes.flat[0].axhline(value, color="gray", linestyle=style)
+    axes.flat[0].set_ylim(bottom=0)
     axes.flat[0].legend(frameon=False)
     (folder.path / "figures").mkdir(exist_ok=True)
     figure.savefig(folder.path / "figures" / "training.png", dpi=120)
