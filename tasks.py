@@ -279,7 +279,7 @@ class Synthetic(Task):
         """Non-repeating guesses from the prior: a chain teaches not to repeat, and knows nothing of the treasures."""
         chain = {}
         while len(chain) < self.chain:
-            chain.update(dict.fromkeys(rng.choices(self.paths, self.prior)))
+            chain.update(dict.fromkeys(rng.choices(self.paths, self.prior, k=self.chain - len(chain))))
         return Demonstration(problem, [" ".join(path) for path in chain], [])
 
     def floor(self):

@@ -40,7 +40,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -487,8 +486,9 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
         loss = 0.0
         for micro in rl.micro_batches(taken, config.micro_batch_tokens):
             hidden, targets = hidden_states(model, micro, device)
-            logits = F.linear(hidden, model.get_output_embeddings().weight)  # [N, V]
-            part = F.cross_entropy(logits, targets, reduction="sum") / total
+            part, _ = kernels.linear_policy_loss(
+                hidden, head(model, hidden), targets, lambda stats, total=total: -stats.logp.sum() / total
+            )
             part.backward()
             loss += part.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

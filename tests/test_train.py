@@ -608,9 +608,11 @@ def test_a_finished_run_can_be_resumed_for_more_steps(toys, tmp_path):
 # Golden numbers
 
 
+@pytest.mark.slow
 def test_golden_first_losses_of_the_main_job(tmp_path):
     """The default config after a short warm start, with so many treasures that it hits some from the first step.
 
+    Slow, so that .ci/run alone runs it: another processor rounds otherwise, and 60 warm-start steps make that visible.
     To make the numbers anew, after a change that is meant to change them, print `found` below.
     """
     options = dict(task_options=("treasures=3000",), warm_start_steps=60, warm_start_batch=16, steps=5)
@@ -621,11 +623,11 @@ def test_golden_first_losses_of_the_main_job(tmp_path):
 
 
 GOLDEN = [
-    (-0.0016228668, 0.0890259147, 0.0390625000),
-    (-0.0005344919, 0.0731499866, 0.0279150952),
-    (-0.0002018115, 0.0680682883, 0.0240088447),
-    (-0.0010992000, 0.0895754248, 0.0383923335),
-    (-0.0001105366, 0.0607010685, 0.0234375000),
+    (-0.0016228654, 0.0882832333, 0.0390625000),
+    (-0.0008046669, 0.0928165764, 0.0357275952),
+    (-0.0005755285, 0.0738269463, 0.0279150947),
+    (-0.0010831892, 0.0911623314, 0.0400103151),
+    (0.0001426558, 0.0597457774, 0.0273437500),
 ]
 
 
