@@ -110,9 +110,8 @@ class Sampler:
         decode: Callable[[list[int]], str] | None = None, max_rows: int = 256, memory_gb: float | None = None,
         max_forward_tokens: int = 4096, share_from: int = 33,
     ):  # fmt: skip
-        for name, value in [("max_rows", max_rows), ("max_forward_tokens", max_forward_tokens)]:
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        if min(max_rows, max_forward_tokens) < 1:
+            raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
         self.stop_ids, self.decode, self.max_rows = frozenset(stop_ids), decode, max_rows
         self.max_forward_tokens, self.share_from, self.stats = max_forward_tokens, share_from, Stats()
         self._twin = _make_twin(model)
@@ -268,7 +267,8 @@ class Sampler:
         for params, members in active.groups:
             drafts = [active.drafts[i] for i in members]
             states = hidden if len(active.groups) == 1 else hidden[members]
-            drawn = draw_tokens(self._head(states), _next_uniforms(drafts, states.device), params, self._softcap)
+            u = torch.tensor([uniform(d.seed, len(d.ids)) for d in drafts], dtype=torch.float64, device=states.device)
+            drawn = draw_tokens(self._head(states), u, params, self._softcap)
             tokens, logps = (values.tolist() for values in drawn)
             if not math.isfinite(sum(logps)):
                 raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
@@ -456,11 +456,6 @@ def draw_tokens(logits: Tensor, u: Tensor, params: SamplingParams, softcap: floa
     >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
     ([1], [0.7])
     """
-    rows = max(1, 2**18 // logits.shape[-1])  # the fp64 sums of more rows would not stay in a CPU's cache
-    if len(logits) > rows:
-        parts = zip(logits.split(rows), u.split(rows), strict=True)
-        ids, logps = zip(*(draw_tokens(*part, params, softcap) for part in parts), strict=True)
-        return torch.cat(ids), torch.cat(logps)
     scores = scaled_logits(logits, params.temperature or 1.0, softcap)  # [R, V]
     if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):
         scores = truncate(scores, params.top_p, params.top_k, params.min_p)
@@ -499,40 +494,25 @@ def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 
     return scores
 
 
-def uniforms(seeds: Sequence[int], first: Sequence[int], count: int) -> Tensor:
-    """Uniform numbers in (0, 1), fp64 [R, count]: number first[i] + j of the stream of seeds[i].
+def uniform(seed: int, t: int) -> float:
+    """Number t of the stream of `seed`, uniform in (0, 1).
 
     splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
     on what else is in the batch. Any int is a seed, modulo 2^64.
 
-    >>> uniforms([0, 1], [0, 0], 2)
-    tensor([[0.8833, 0.4315],
-            [0.7497, 0.3724]], dtype=torch.float64)
+    >>> [round(uniform(seed, t), 4) for seed in (0, 1) for t in (0, 1)]
+    [0.8833, 0.4315, 0.7497, 0.3724]
     """
-    wrapped = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds])[:, None]
-    counters = torch.tensor(first)[:, None] + torch.arange(1, count + 1)  # [R, count]
-    bits = (_mix(_mix(wrapped) + counters * _GOLDEN) >> 16) & (2**48 - 1)
-    return (bits.double() + 0.5) * 2.0**-48
+    bits = _mix(_mix(seed) + (t + 1) * 0x9E3779B97F4A7C15)
+    return ((bits >> 16) + 0.5) * 2.0**-48
 
 
-def _next_uniforms(drafts: list[_Draft], device: torch.device, block: int = 32) -> Tensor:
-    """The next number of every draft, fp64 [R]; they are made 32 at a time."""
-    used_up = [draft for draft in drafts if len(draft.ids) == len(draft.uniforms)]
-    if used_up:
-        fresh = uniforms([draft.seed for draft in used_up], [len(draft.ids) for draft in used_up], block)
-        for draft, numbers in zip(used_up, fresh.tolist(), strict=True):
-            draft.uniforms += numbers
-    return torch.tensor([draft.uniforms[len(draft.ids)] for draft in drafts], dtype=torch.float64, device=device)
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 (products wrap; >> is made logical by the mask)."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _MIX_1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _MIX_2
-    return x ^ ((x >> 31) & (2**33 - 1))
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x &= 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -634,7 +614,6 @@ class _Draft:
     seed: int
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    uniforms: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
     def completion(self) -> Completion:
@@ -649,8 +628,8 @@ class _Forward:
     """The tokens of one packed forward, where their keys go and which cached keys each of them attends to.
 
     Tokens of one row see their own segment up to themselves, and the visible part of each segment above: one batched
-    attention (`_Piece`) per slab of memory and level of the tree, not per row. A token's pieces are merged by their
-    log-sum-exp, so that a shared prefix is read once for all rows below it.
+    attention (`_Piece`) per slab of memory and level of the tree, not per row. A shared prefix is read once for all
+    rows below it; one softmax goes over a token's scores in all levels.
     """
 
     def __init__(self, batch: list[tuple[_Segment, int]], arena: _Arena, leaves: list[_Segment]):
@@ -658,35 +637,42 @@ class _Forward:
         tokens: list[int] = []
         positions: list[int] = []
         last = [0] * len(batch)
-        own: dict[tuple, list] = defaultdict(list)
+        pieces: dict[tuple, list] = defaultdict(list)
         above: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
-        # in the order of memory, so that attention reads the cache without gathering it
-        for i in sorted(range(len(batch)), key=lambda i: (batch[i][0].slab.number, batch[i][0].slot)):
+        # piece after piece in the order of memory, so that attention reads the cache without gathering it
+        self.order = sorted(range(len(batch)), key=lambda i: self._place(*batch[i]))
+        for i in self.order:
             segment, stop = batch[i]
             start, count = segment.cached, stop - segment.cached
             queries = range(len(tokens), len(tokens) + count)
             tokens += segment.ids[start:stop]
             positions += range(segment.base + start, segment.base + stop)
             last[i] = len(tokens) - 1
-            fresh = start == 0 and segment.parent is None and count > 1
-            own[segment.slab, _bucket(count), fresh].append((segment.slot, queries, range(start + 1, stop + 1)))
-            level, ancestor, visible = 0, segment.parent, segment.visible
+            _, bucket, fresh, slot = self._place(segment, stop)
+            pieces[0, segment.slab, bucket, fresh].append((slot, queries, range(start + 1, stop + 1)))
+            level, ancestor, visible = 1, segment.parent, segment.visible
             while ancestor is not None:
                 above[level, ancestor][0].extend(queries)
                 above[level, ancestor][1].extend([visible] * count)
                 level, ancestor, visible = level + 1, ancestor.parent, ancestor.visible
-        shared: dict[tuple, list] = defaultdict(list)
         for (level, ancestor), (queries, limits) in above.items():
-            shared[level, ancestor.slab, _bucket(len(queries))].append((ancestor.slot, queries, limits))
-        size = len(tokens)
-        self.own = [_Piece(slab, entries, arena, size, True, fresh) for (slab, _, fresh), entries in own.items()]
-        self.shared = [_Piece(slab, entries, arena, size) for (_, slab, _), entries in shared.items()]
+            pieces[level, ancestor.slab, _bucket(len(queries)), False].append((ancestor.slot, queries, limits))
+        self.levels: list[list[_Piece]] = [[] for _ in range(1 + max(level for level, *_ in pieces))]
+        for (level, slab, _, fresh), entries in pieces.items():
+            self.levels[level].append(_Piece(slab, entries, arena, level == 0, fresh))
         self.input_ids, self.positions = self._tensor(tokens), self._tensor(positions)  # [N]
         self.reach = max(positions) + 1
-        self.order, self.last = last, _index(last, size, arena.device)  # [R]
-        one_each = size == len(batch) and [segment for segment, _ in batch] == leaves
+        self.last = _index(last, arena.device)  # [R]
+        one_each = len(tokens) == len(batch) and [segment for segment, _ in batch] == leaves
         self.leaves = leaves if one_each else None
         self.room = min(segment.slab.capacity - stop for segment, stop in batch)
+
+    @staticmethod
+    def _place(segment: _Segment, stop: int) -> tuple[int, int, bool, int]:
+        """Segments that agree but for the last number, the slot, share a piece."""
+        count = stop - segment.cached
+        fresh = segment.cached == 0 and segment.parent is None and count > 1
+        return segment.slab.number, _bucket(count), fresh, segment.slot
 
     def _tensor(self, values) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -697,13 +683,10 @@ class _Forward:
             return False
         self.room -= 1
         self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]
-        tokens = [0] * len(leaves)
-        for leaf, i in zip(leaves, self.order, strict=True):
-            tokens[i] = leaf.ids[-1]
-        self.input_ids = self._tensor(tokens)
+        self.input_ids = self._tensor([leaves[i].ids[-1] for i in self.order])
         self.positions += 1
         self.reach += 1
-        for piece in self.own:
+        for piece in self.levels[0]:
             piece.advance()
         return True
 
@@ -715,35 +698,45 @@ class _Forward:
             segment.cached, segment.drawn, segment.hidden = stop, 0, None
         return drawn
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store key, value [N, J, D] and attend with query [N, H, D]; returns [N, H, D]."""
-        merge = bool(self.shared)
-        for piece in self.own:
-            piece.store(layer, key, value)
-        if len(self.own) == 1 and not merge:
-            return self.own[0].attend(layer, query, scale, False)[0]
-        out = torch.empty_like(query)
-        weight = query.new_empty(query.shape[0], query.shape[1], 1, dtype=torch.float32)  # log-sum-exp, [N, H, 1]
-        for piece in self.own:
-            out[piece.tokens], mass = piece.attend(layer, query, scale, merge)
-            if mass is not None:
-                weight[piece.tokens] = mass
-        for piece in self.shared:
-            part, mass = piece.attend(layer, query, scale, True)
-            rest = weight[piece.tokens]
-            out[piece.tokens] = torch.lerp(out[piece.tokens], part, torch.sigmoid(mass - rest).to(part.dtype))
-            weight[piece.tokens] = torch.logaddexp(rest, mass)
+    def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+        """Store keys and values [N, 2J, D], attend with query [N, H, D]; returns [N, H, D]."""
+        own = self.levels[0]
+        for piece in own:
+            piece.store(layer, kv)
+        if len(self.levels) == 1:
+            parts = [piece.attend(layer, query, scale) for piece in own]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        scores = torch.cat([self._scores(level, layer, query, scale) for level in self.levels], -1)  # [N, H, L]
+        probs, out, begin = scores.softmax(-1).to(query.dtype), torch.zeros_like(query), 0
+        for level in self.levels:
+            for piece in level:
+                out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, begin : begin + piece.width])
+            begin += max(piece.width for piece in level)
         return out
+
+    def _scores(self, level: list[_Piece], layer: int, query: Tensor, scale: float) -> Tensor:
+        """Scores against one level of the tree, fp32 [N, H, L]; -inf where a token has nothing there."""
+        if len(level) == 1 and level[0].tokens == slice(0, len(query)):
+            return level[0].scores(layer, query, scale)
+        width = max(piece.width for piece in level)
+        scores = query.new_full((*query.shape[:2], width), -torch.inf, dtype=torch.float32)
+        for piece in level:
+            scores[piece.tokens, :, : piece.width] = piece.scores(layer, query, scale)
+        return scores
 
 
 class _Piece:
     """Attention of some tokens to some segments of one slab: F segments of L keys, M queries each (padded).
 
     entries: (slot, query tokens, number of keys that each of them sees) per segment. The keys are a view of the slab
-    if the slots lie close together (what lies between is computed and not read), and gathered otherwise.
+    if the slots lie close together (what lies between is computed and not read), and gathered otherwise. `own` keys
+    grow with every decode step: L is some steps ahead, so that views and bias last, and the bias hides the rest.
+    limits: how many keys each query sees, [F * J, M * G, 1].
     """
 
-    def __init__(self, slab: _Slab, entries: list, arena: _Arena, size: int, own: bool = False, fresh: bool = False):
+    AHEAD = 8
+
+    def __init__(self, slab: _Slab, entries: list, arena: _Arena, own: bool = False, fresh: bool = False):
         self.slab, self.heads, self.fresh = slab, arena.kv_heads, fresh
         entries.sort(key=lambda entry: entry[0])
         slots = [slot for slot, _, _ in entries]
@@ -755,74 +748,98 @@ class _Piece:
             self.where = (torch.tensor(slots, device=arena.device)[:, None] * self.heads + heads).flatten()  # [F * J]
         self.segments = slots[-1] + 1 - slots[0] if dense else len(slots)
         self.queries = max(len(mine) for _, mine, _ in entries)
-        take, limits, back, tokens, rows = [0] * (self.segments * self.queries), [], [], [], []
-        limits = [1] * len(take)
+        spread = [0] * (self.segments * self.queries)
+        limits, back, tokens, rows = [1] * len(spread), [], [], []
         for i, (slot, mine, sees) in enumerate(entries):
             begin = (slot - slots[0] if dense else i) * self.queries
-            take[begin : begin + len(mine)] = mine
+            spread[begin : begin + len(mine)] = range(len(tokens), len(tokens) + len(mine))
             limits[begin : begin + len(mine)] = sees
             back += range(begin, begin + len(mine))
             tokens += mine
             rows += [slot * self.heads * slab.capacity + seen - 1 for seen in sees]
-        self.longest = max(limits)
-        self.limits = torch.tensor(limits, device=arena.device).view(self.segments, 1, self.queries, 1, 1)
+        self.tokens, self.spread, self.back = (_index(x, arena.device) for x in (tokens, spread, back))
+        self.limits = torch.tensor(limits, device=arena.device).view(self.segments, 1, self.queries, 1)
+        self.limits = self.limits.repeat(1, self.heads, 1, arena.group).view(-1, self.queries * arena.group, 1)
         self.mask: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.tokens = _index(tokens, size, arena.device)
-        self.take = _index(take, size, arena.device)  # tokens -> padded queries
-        self.back = _index(back, len(take), arena.device)  # padded queries -> tokens
-        if own:  # where the keys of `tokens` go, in the slab seen as [slots * J * capacity, D]
-            self.rows = (torch.tensor(rows, device=arena.device)[:, None] + heads * slab.capacity).flatten()  # [n * J]
+        self.longest = max(limits)
+        self._set_width(self.longest + self.AHEAD * (own and self.queries == 1))
+        if own:  # where keys and values of `tokens` go, in the slab seen as [2 * slots * J * capacity, D]
+            heads = torch.cat((heads, heads + slab.slots * self.heads)) * slab.capacity
+            self.rows = (torch.tensor(rows, device=arena.device)[:, None] + heads).flatten()  # [n * 2J]
+
+    def _set_width(self, width: int) -> None:
+        self.width, self.bias = min(width, self.slab.capacity), None
+        if isinstance(self.where, slice):
+            self.views = [[x[self.where, : self.width] for x in layer] for layer in self.slab.heads]
 
     def advance(self) -> None:
+        self.longest += 1
+        if self.longest > self.width:
+            self._set_width(self.longest + self.AHEAD)
+        elif self.bias is not None:
+            self.bias.scatter_(-1, self.limits, 0.0)
         self.limits += 1
         self.rows += 1
-        self.longest += 1
-        self.mask = self.bias = None
 
-    def store(self, layer: int, *new: Tensor) -> None:
-        """Write keys and values [N, J, D] of this piece's tokens."""
-        for cache, states in zip(self.slab.tokens[layer], new, strict=True):
-            cache.index_copy_(0, self.rows, states[self.tokens].reshape(-1, cache.shape[-1]))
+    def store(self, layer: int, kv: Tensor) -> None:
+        """Write keys and values [N, 2J, D] of this piece's tokens."""
+        self.slab.flat[layer].index_copy_(0, self.rows, kv[self.tokens].reshape(-1, kv.shape[-1]))
 
-    def attend(self, layer: int, query: Tensor, scale: float, merge: bool) -> tuple[Tensor, Tensor | None]:
-        """query [N, H, D] -> output [n, H, D] and, to merge, log-sum-exp fp32 [n, H, 1] of this piece's n tokens."""
-        size, segments, queries, heads = query.shape[-1], self.segments, self.queries, self.heads
-        keys, values = (cache[:, : self.longest][self.where] for cache in self.slab.heads[layer])  # [F * J, L, D]
-        query = query[self.take]  # [F * M, H, D]
-        group = query.shape[1] // heads
-        if self.mask is None:
-            self.mask = torch.arange(self.longest, device=query.device) < self.limits  # [F, 1, M, 1, L]
-        if queries > 1 and not merge:  # prefill: never holds scores of [M, L]
-            query = query.view(segments, queries, -1, size).transpose(1, 2)  # [F, H, M, D]
-            keys, values = (states.unflatten(0, (segments, heads)) for states in (keys, values))  # [F, J, L, D]
-            mask = None if self.fresh else self.mask.squeeze(3)
-            out = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, is_causal=self.fresh, scale=scale, enable_gqa=group > 1
-            )
-            return out.transpose(1, 2).reshape(segments * queries, -1, size)[self.back], None
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention to this piece alone: query [N, H, D] -> [n, H, D]."""
+        if self.queries == 1:
+            return self.values(layer, self.scores(layer, query, scale).softmax(-1).to(query.dtype))
+        # a prefill, which never holds scores of [M, L]
+        query = query[self.tokens][self.spread].unflatten(0, (self.segments, -1)).transpose(1, 2)  # [F, H, M, D]
+        keys, values = (self._cached(layer, i).unflatten(0, (self.segments, -1)) for i in (0, 1))  # [F, J, L, D]
+        if self.mask is None and not self.fresh:
+            limits = self.limits.view(self.segments, self.heads, self.queries, -1)[:, :1, :, :1]  # [F, 1, M, 1]
+            self.mask = torch.arange(self.width, device=limits.device) < limits  # [F, 1, M, L]
+        out = F.scaled_dot_product_attention(
+            query, keys, values, self.mask, is_causal=self.fresh, scale=scale, enable_gqa=query.shape[1] > self.heads
+        )
+        return out.transpose(1, 2).flatten(0, 1)[self.back]
+
+    def scores(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """query [N, H, D] -> fp32 [n, H, L], -inf where a token must not look."""
         if self.bias is None:
-            bias = torch.zeros(self.mask.shape, dtype=query.dtype, device=query.device)
-            bias = bias.masked_fill_(~self.mask, -torch.inf).expand(-1, heads, -1, group, -1)
-            self.bias = bias.reshape(segments * heads, queries * group, -1)  # [F * J, M * G, L]
-        packed = query.reshape(segments, queries, heads, group, size).transpose(1, 2)  # [F, J, M, G, D]
-        packed = packed.reshape(segments * heads, queries * group, size)
-        scores = torch.baddbmm(self.bias, packed, keys.transpose(1, 2), alpha=scale).float()  # [F * J, M * G, L]
-        mass = scores.logsumexp(-1, keepdim=True) if merge else None
-        probs = torch.exp(scores - mass) if merge else scores.softmax(-1)
-        out = self._unpack(torch.bmm(probs.to(values.dtype), values))
-        return out, self._unpack(mass) if merge else None
+            hidden = torch.arange(self.width, device=self.limits.device) >= self.limits  # [F * J, M * G, L]
+            self.bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+            self.bias.masked_fill_(hidden, -torch.inf)
+        packed, keys = self._pack(query[self.tokens]), self._cached(layer, 0).transpose(1, 2)
+        return self._unpack(torch.baddbmm(self.bias, packed, keys, alpha=scale).float())
+
+    def values(self, layer: int, probs: Tensor) -> Tensor:
+        """probs [n, H, L] -> [n, H, D]"""
+        return self._unpack(torch.bmm(self._pack(probs), self._cached(layer, 1)))
+
+    def _cached(self, layer: int, which: int) -> Tensor:
+        """Keys (0) or values (1) of the segments, [F * J, L, D]."""
+        if isinstance(self.where, slice):
+            return self.views[layer][which]
+        return self.slab.heads[layer][which][self.where, : self.width]
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """[n, H, x] -> [F * J, M * G, x]"""
+        x, last = x[self.spread], x.shape[-1]
+        if self.queries > 1:
+            x = x.view(self.segments, self.queries, self.heads, -1, last).transpose(1, 2)  # [F, J, M, G, x]
+        return x.reshape(self.segments * self.heads, -1, last)
 
     def _unpack(self, packed: Tensor) -> Tensor:
         """[F * J, M * G, x] -> [n, H, x]"""
         last = packed.shape[-1]
-        shaped = packed.view(self.segments, self.heads, self.queries, -1, last).transpose(1, 2)  # [F, M, J, G, x]
-        return shaped.reshape(self.segments * self.queries, -1, last)[self.back]
+        if self.queries > 1:
+            packed = packed.view(self.segments, self.heads, self.queries, -1, last).transpose(1, 2)  # [F, M, J, G, x]
+        return packed.reshape(self.segments * self.queries, -1, last)[self.back]
 
 
-def _index(values: list[int], total: int, device: torch.device) -> Tensor | slice:
-    """An index that selects `values`: everything, without a copy, if they are 0 .. total - 1."""
-    return slice(None) if values == list(range(total)) else torch.tensor(values, device=device)
+def _index(values: list[int], device: torch.device) -> Tensor | slice:
+    """An index that selects `values`: without a copy if they follow each other."""
+    first, count = values[0], len(values)
+    if values == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(values, device=device)
 
 
 def _bucket(count: int) -> int:
@@ -836,8 +853,8 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
     if unknown:
         found = ", ".join(unknown)
         raise ValueError(f"{type(module).__name__} uses {found}: the sampler supports plain full attention")
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    return tree.attend(module.layer_idx, query, key, value, scaling).unsqueeze(0), None  # [1, N, H, D]
+    query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
+    return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
 
 
 AttentionInterface.register(ATTENTION, _tree_attention)
@@ -861,8 +878,10 @@ class _LlamaBlocks:
             linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
             if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
                 raise AttributeError("a projection is not a plain linear layer")
-            self.layers.append((norms, head_norms, [(m.weight, m.bias) for m in linear], mlp.act_fn, attn.scaling))
-        self.head_size = self.layers[0][2][1][0].shape[0] // config.num_key_value_heads
+            weights = [(module.weight, module.bias) for module in linear]
+            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
+        self.kv_heads = config.num_key_value_heads
+        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
         self.eps = decoder.norm.variance_epsilon
         self.cos = self.sin = None  # [positions, 1, D]
 
@@ -880,15 +899,17 @@ class _LlamaBlocks:
         """Hidden states after the last norm, [N, E]."""
         x = self.embed(tree.input_ids)  # [N, E]
         cos, sin = self._angles(tree, x)  # [N, 1, D]
-        for i, (norms, head_norms, linear, act, scale) in enumerate(self.layers):
-            q, k, v, o, gate, up, down = linear
+        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
             h = self._rms(norms[0], x)
-            query, key, value = (F.linear(h, *w).view(len(x), -1, self.head_size) for w in (q, k, v))
-            query, key = (
-                self._rotate(self._rms(norm, y) if norm is not None else y, cos, sin)
-                for norm, y in zip(head_norms, (query, key), strict=True)
-            )
-            x = x + F.linear(tree.attend(i, query, key, value, scale).flatten(1), *o)
+            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
+            turned = both[:, : -self.kv_heads]  # queries and keys
+            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
+                if norm is not None:
+                    part.copy_(self._rms(norm, part))
+            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
+            torch.addcmul(turned * cos, turned.roll(self.head_size // 2, -1), sin, out=turned)
+            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
+            x = x + F.linear(tree.attend(i, query, kv, scale).flatten(1), *o)
             h = self._rms(norms[1], x)
             x = x + F.linear(act(F.linear(h, *gate)).mul_(F.linear(h, *up)), *down)
         return self._rms(self.norm, x)
@@ -903,11 +924,6 @@ class _LlamaBlocks:
             half = sin.shape[-1] // 2
             self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
         return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
-
-    @staticmethod
-    def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`."""
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -927,9 +943,9 @@ class _Slab:
     free: list[int]
 
     def __post_init__(self):
-        # per layer, (keys, values) as [slots * J, capacity, D] and as [slots * J * capacity, D]
-        self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]
-        self.tokens = [layer.flatten(1, 3).unbind(0) for layer in self.kv]
+        self.slots = self.kv.shape[2]
+        self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]  # keys and values, [slots * J, capacity, D]
+        self.flat = [layer.flatten(0, 3) for layer in self.kv]  # [2 * slots * J * capacity, D]
 
 
 class _Arena:
@@ -943,6 +959,7 @@ class _Arena:
         config = model.config
         self.layers, self.device, self.dtype = config.num_hidden_layers, model.device, model.dtype
         self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.group = config.num_attention_heads // self.kv_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.budget = None if memory_gb is None else int(memory_gb * 1e9)
         self.bytes = 0
@@ -974,7 +991,7 @@ class _Arena:
                 groups[source.slab, target.slab].append((source.slot, target.slot, count))
         for (source, target), entries in groups.items():
             sources, targets, counts = (list(column) for column in zip(*entries, strict=True))
-            length = max(counts)
+            length, sources, targets = max(counts), _index(sources, self.device), _index(targets, self.device)
             target.kv[:, :, targets, :, :length] = source.kv[:, :, sources, :, :length]
 
     def free(self, segment: _Segment) -> None:
@@ -982,7 +999,7 @@ class _Arena:
         if slab is None:
             return
         heapq.heappush(slab.free, segment.slot)
-        if len(slab.free) == slab.kv.shape[2]:
+        if len(slab.free) == slab.slots:
             self.slabs[slab.capacity].remove(slab)
             self.bytes -= slab.kv.nbytes
 
@@ -993,7 +1010,7 @@ class _Arena:
                 count -= 1
                 yield slab, heapq.heappop(slab.free)
         if count:
-            so_far = sum(slab.kv.shape[2] for slab in self.slabs[capacity])
+            so_far = sum(slab.slots for slab in self.slabs[capacity])
             slots = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
             if self.budget is not None and self.bytes + slots * self._slot_bytes(capacity) > self.budget / 2:
                 slots = count

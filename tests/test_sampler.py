@@ -36,7 +36,7 @@ from transformers import (
 
 import sampler as sampler_module
 from kernels import token_stats
-from sampler import Sampler, SamplingParams, Stats, draw_tokens, truncate, uniforms
+from sampler import Sampler, SamplingParams, Stats, draw_tokens, truncate, uniform
 
 VOCAB, STOP = 97, 7
 STOPS = [STOP, 23, 41, 60, 88]  # several, so that rows end at different times
@@ -139,7 +139,7 @@ def test_token_t_is_where_the_running_probability_passes_number_t_of_the_seed(mo
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
         running = (logits / 1.4).double().softmax(-1).cumsum(-1)  # [100, V]
-        numbers = uniforms([seed], [0], 100).view(100, 1)
+        numbers = torch.tensor([[uniform(seed, t)] for t in range(100)], dtype=torch.float64)
         assert completion.ids == (running < numbers).sum(-1).tolist()
 
 
@@ -456,14 +456,13 @@ def test_uniforms_are_splitmix64_and_uniform():
         return x ^ (x >> 31)
 
     seeds = [0, 1, 12345, 2**63, 2**64 - 1, -1, -(2**63), 2**70 + 3]
-    ours = uniforms(seeds, [0, 1, 2, 3, 10**6, 5, 6, 7], 3)
-    for seed, first, row in zip(seeds, [0, 1, 2, 3, 10**6, 5, 6, 7], ours.tolist(), strict=True):
-        for j, value in enumerate(row):
-            bits = mix((mix(seed % 2**64) + (first + j + 1) * 0x9E3779B97F4A7C15) % 2**64)
-            assert value == ((bits >> 16) + 0.5) / 2**48
-    assert ours[4].equal(ours[5].new_tensor(uniforms([-1], [10**6], 3)[0].tolist()))  # seeds are taken modulo 2^64
-    many = uniforms(range(1000), [0] * 1000, 100)
-    counts = torch.histc(many.float().flatten(), 50, 0, 1).double()
+    for seed in seeds:
+        for t in (0, 1, 2, 10**6):
+            bits = mix((mix(seed % 2**64) + (t + 1) * 0x9E3779B97F4A7C15) % 2**64)
+            assert uniform(seed, t) == ((bits >> 16) + 0.5) / 2**48
+    assert uniform(-1, 10**6) == uniform(2**64 - 1, 10**6)  # seeds are taken modulo 2^64
+    many = torch.tensor([[uniform(seed, t) for t in range(100)] for seed in range(1000)])
+    counts = torch.histc(many.flatten(), 50, 0, 1).double()
     assert p_value(counts, torch.full((50,), 1 / 50, dtype=torch.float64)) > 1e-4
 
 
