@@ -21,7 +21,8 @@ deviate from it, or chose what it leaves open:
  4. There, a success found by n chains of the batch earns n ** -rarity, so that what few chains found is not drowned by
     what all of them found. rarity=0 is the paper's reward. Baselines are run with the same bonus, too.
  5. A group is decided by its outcomes, not by shaped crumbs of reward (see rl.group_advantages).
- 6. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (sketches of another problem).
+ 6. Ablations of Stage I: `sketches="iid"` (empty history), "list" (all K in one text, one on each line), "placebo"
+    (sketches of another problem).
  7. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
     tokenised again. So a history is append-only for every chat template, and its cached keys and values stay valid.
 
@@ -30,6 +31,7 @@ loss is computed on. P problems, K sketches, M solutions per sketch, G answers i
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -52,7 +54,7 @@ SLOT = "\ue000"  # a private-use character, stands for token ids in a rendered p
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts around a problem. Fields in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation}.
+    """The texts around a problem; in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation} {count}.
 
     `direct` and `sketch` should begin alike: what they share is computed once per problem and forked.
     """
@@ -60,6 +62,7 @@ class Prompts:
     direct: str = "{problem}\n\n{answer_hint}"
     sketch: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. On one line, write {sketch_hint}."
     next: str = "On one line, write another one, different from all of yours above."
+    list: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
     solve: str = "{problem}\n\n{answer_hint}\n\nFollow this approach: {sketch}"
     turn: str = "{observation}"
 
@@ -213,7 +216,7 @@ class Plan:
     num_sketches: int = 16
     num_solutions: int = 1
     group_size: int = 16
-    sketches: str = "sequential"  # | iid | placebo
+    sketches: str = "sequential"  # | iid | list | placebo
     sketch_params: SamplingParams = SamplingParams(max_new_tokens=64)
     solution_params: SamplingParams = SamplingParams(max_new_tokens=512)
 
@@ -274,6 +277,8 @@ class Explorer:
 
     def draft(self, problem, plan, seed):
         """Stage I: K sketches, each after those before it (or, as an ablation, after none of them)."""
+        if plan.sketches == "list":
+            return (yield from self.draft_list(problem, plan, seed))
         chain = Trajectory(self.sketch_prompt(problem), [], 0)
         seeds = [derive_seed(*seed, "sketch", i) for i in range(plan.num_sketches)]
         rows = self.branch(problem, [chain] * (len(seeds) if plan.sketches == "iid" else 1))
@@ -289,6 +294,18 @@ class Explorer:
                 completions.append(completion)
         self.sampler.release(rows)
         return completions
+
+    def draft_list(self, problem, plan, seed):
+        """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
+        count, params = plan.num_sketches, plan.sketch_params
+        prompt = self.chat.opening(self.text(self.prompts.list, problem=problem.text, count=str(count)))
+        rows = self.branch(problem, [Trajectory(prompt, [], 0)])
+        params = replace(params, max_new_tokens=count * params.max_new_tokens)
+        [completion] = yield rows, params, [derive_seed(*seed, "sketch", 0)]
+        self.sampler.release(rows)
+        text = re.sub(r"(?m)^\s*([-*•]|\d+[.)])\s", "", self.chat.decode(completion.ids))
+        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        return [Completion(self.chat.encode(lines[i % len(lines)]), [], "length") for i in range(count)]
 
     def solve(self, problem, drafts: list[Completion], plan, seed):
         """Stage II: M solutions of every sketch, all in parallel."""

@@ -94,12 +94,12 @@ class Config:
     """M: solutions of each sketch"""
     group_size: int | None = None
     """G: i.i.d. answers of a problem with --method grpo; K*M if not given, so that methods compare at equal answers"""
-    sketches: Literal["sequential", "iid", "placebo"] = "sequential"
-    """how Stage I draws: after the earlier sketches, with an empty history, or those of another problem"""
+    sketches: Literal["sequential", "iid", "list", "placebo"] = "sequential"
+    """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "distill"] | None = None
     """what the loss conditions on: the sampled context, the plain prompt, that with importance weights, or both"""
     prompts: str | None = None
-    """JSON file that replaces some of the prompts direct, sketch, next, solve, turn"""
+    """JSON file that replaces some of the prompts direct, sketch, next, list, solve, turn"""
     max_sketch_tokens: int | None = None
     """limit of one sketch; the task's if not given"""
     max_new_tokens: int | None = None
@@ -259,6 +259,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          f"{most_k}, the samples of a problem"),
         (config.sketches == "placebo" and unpaired, "--sketches placebo takes those of the problem before: needs "
          "--problems_per_step 2 or more, on one rank"),
+        (config.sketches == "list" and (config.model == "tiny" or not task.two_stage), "--sketches list: the tiny "
+         "policy writes no lines, and guesses have no solutions; needs a pretrained model and another task"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
     ):  # fmt: skip
         if wrong:
@@ -980,8 +982,11 @@ def show(config: Config, task: tasks.Task) -> None:
 def report(summary: dict, config: Config) -> None:
     """The last lines of a run: before and after."""
     print(f"\n{config.task}, {config.method}, {summary['steps']} steps in {summary['seconds']:.0f} s:")
+    known = dict(floor=summary["floor"], ceiling=summary["ceiling"])  # of a random policy, of a solver
+    bounds = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
     for name in ("success", "valid"):
-        print(f"  {name + ', i.i.d.':24} {summary['base'][name]:.3f} -> {summary[name]:.3f}")
+        beside = f"  ({bounds})" if name == "success" and bounds else ""
+        print(f"  {name + ', i.i.d.':24} {summary['base'][name]:.3f} -> {summary[name]:.3f}{beside}")
     for kind in summary["coverage"] or summary["pass_at_k"]:
         part = "coverage" if summary["coverage"] else "pass_at_k"
         for k, after in summary[part][kind].items():

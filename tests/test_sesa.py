@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sesa
-from sampler import Sampler, SamplingParams
+from sampler import Completion, Sampler, SamplingParams
 from sesa import (
     Chat,
     Explorer,
@@ -346,6 +346,25 @@ def test_sketches_iid_have_an_empty_history():
     assert len({tuple(draft.ids) for draft in drafts}) > 1
 
 
+def test_listed_sketches_are_the_lines_of_one_text():
+    tokenizer, problem = byte_tokenizer(CHATML), PROBLEMS[0]
+    stop = tokenizer.eos_token_id
+    explorer = Explorer(Sampler(random_policy(len(tokenizer)), [stop]), Talk(), Chat(tokenizer, [stop]), PROMPTS)
+    for text, lines in [
+        ("1. 3 + 5\n\n - seven \n3) 8 / 2\n", ["3 + 5", "seven", "8 / 2", "3 + 5"]),
+        ("3 + 5", ["3 + 5"] * 4),
+        ("\n", [""] * 4),
+    ]:
+        program = explorer.draft(problem, replace(PLAN, sketches="list", num_sketches=4), (3,))
+        rows, params, seeds = next(program)
+        assert len(rows) == len(seeds) == 1 and params.max_new_tokens == 4 * PLAN.sketch_params.max_new_tokens
+        with pytest.raises(StopIteration) as stop:
+            program.send([Completion(explorer.chat.encode(text), [], "length")])
+        assert [explorer.chat.decode(draft.ids) for draft in stop.value.value] == lines
+    group = make_explorer().rollout(PLACED[:1], replace(PLAN, sketches="list"), (1,))[0]
+    assert len(group.sketches) == PLAN.num_sketches and len(group.trajectories) == PLAN.num_sketches * PLAN.num_solutions
+
+
 def test_placebo_sketches_are_those_of_another_problem():
     explorer = make_explorer()
     own = explorer.rollout(PLACED, PLAN, (1,))
@@ -403,8 +422,8 @@ def test_tokens_do_not_depend_on_batch_size_order_or_ranks(task, change):
 def test_a_rollout_leaves_no_rows_behind():
     for task in (Talk(), Guess()):
         explorer = make_explorer(task)
-        for plan in (PLAN, replace(PLAN, method="grpo"), replace(PLAN, sketches="placebo")):
-            explorer.rollout(PLACED, plan, (0,))
+        for change in (dict(), dict(method="grpo"), dict(sketches="list"), dict(sketches="placebo")):
+            explorer.rollout(PLACED, replace(PLAN, **change), (0,))
             [newest] = explorer.sampler.prefill([[1]])  # rows are numbered as they are made
             for row in range(newest):
                 with pytest.raises(ValueError, match="does not exist"):

@@ -6,6 +6,7 @@ the textbook's loss, written once more below without batches, padding, chunks or
 
 import copy
 import doctest
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,11 @@ from statistics import fmean
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import rl
 import sesa
+import tasks
 import train
 from train import Config, main
 
@@ -673,6 +676,7 @@ GOLDEN = [
         ("--eval_k 100 --eval_samples 20", "--eval_k"),
         ("--eval_k 0 4", "--eval_k"),
         ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
+        ("--task countdown --sketches list", "--sketches list"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
         ("--prompts prompts.json", "prompt 'solve' is 'no place': must hold {sketch} once"),
@@ -843,3 +847,62 @@ def test_smollm2_trains_on_countdown_through_its_chat_template(method, smollm2, 
         english = [word for text in texts + group["sketches"] for word in re.findall(r"[a-z]{3,}", text)]
         assert len(english) > 20
     assert (out / "checkpoints" / "step_3" / "model.safetensors").stat().st_size > 4e8
+
+
+EVERY_TASK = {
+    "synthetic": {},
+    "countdown": dict(difficulty="easy"),
+    "sokoban": dict(max_turns=2),
+    "frozenlake": dict(max_turns=2),
+    "sudoku": {},
+    "math": None,  # from a file, in the form of GSM8K
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_smollm2_runs_two_steps_of_every_task(name, smollm2, tmp_path, monkeypatch):
+    """Through its chat template. What is trained is what it wrote, turn by turn, and nothing of what it was shown;
+    the rewards are those of a replay of the decoded texts; an answer without the format earns none, or its penalty."""
+    given = EVERY_TASK[name]
+    if name == "math":
+        lines = [dict(question=f"Tom has {i} apples and buys 2. How many?", answer=f"#### {i + 2}") for i in range(40)]
+        given = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+        for path, half in zip(given.values(), (lines[::2], lines[1::2]), strict=True):
+            Path(path).write_text("\n".join(map(json.dumps, half)))
+    options = dict(model=smollm2, task=name, task_options=tuple(f"{k}={v}" for k, v in given.items()), steps=2)
+    options |= dict(problems_per_step=2, num_sketches=2, num_solutions=1, max_sketch_tokens=8, max_new_tokens=20)
+    options |= dict(eval_problems=1, eval_samples=1, eval_k=(1,), eval_every=0, sample_every=1, kl_coef=0.0)
+    trained, groups, update, rollout = [], [], train.update, sesa.Explorer.rollout
+    monkeypatch.setattr(train, "update", lambda *args: trained.append([row for _, row in args[2]]) or update(*args))
+    monkeypatch.setattr(sesa.Explorer, "rollout", lambda *args: groups.append(rollout(*args)) or groups[-1])
+    out = run(tmp_path / "run", **options)
+
+    task, tokenizer = tasks.make_task(name, **given), AutoTokenizer.from_pretrained(smollm2)
+    stepped = [pair for pair in groups if pair[0].trajectories[0].advantages]  # the others are of evaluations
+    assert len(rows(out)) == len(trained) == len(stepped) == 2
+    played = [(group.problem, t) for pair in stepped for group in pair for t in group.trajectories]
+    recorded = [solution for record in rows(out, "samples.jsonl") for solution in record["solutions"]]
+    for (problem, trajectory), row, solution in zip(played, itertools.chain(*trained), recorded, strict=True):
+        turns, last = [], None  # runs of trained tokens
+        for target in row.targets:
+            if target - 1 != last:
+                turns.append([])
+            turns[-1].append(row.ids[target])
+            last = target
+        written = [tokenizer.decode(ids).removesuffix("<|im_end|>") for ids in turns]
+        assert written == trajectory.texts == solution["text"]
+        shown = tokenizer.decode([token for t, token in enumerate(row.ids) if t not in set(row.targets)])
+        assert shown.count("<|im_start|>assistant") == len(written) and problem.text in shown
+        if task.two_stage:  # the sketch is dropped from the context of the loss
+            assert trajectory.sketch not in shown
+            outcomes = [tasks.play(task, problem, written)]
+        else:
+            outcomes = [tasks.play(task, problem, [text]) for text in written]
+        assert outcomes == trajectory.outcomes and [o.success for o in outcomes] == solution["success"]
+        if name in ("sokoban", "frozenlake"):
+            assert len(written) == 2 and "actions left" in shown.split("<|im_start|>assistant")[1]
+            if not any("</answer>" in text for text in written):
+                assert solution["reward"] == [pytest.approx(-0.2)]  # the format penalty of two turns
+        elif not any(outcome.success for outcome in outcomes):
+            assert max(solution["reward"]) < 1
