@@ -66,19 +66,24 @@ class Prompts:
     solve: str = "{problem}\n\n{answer_hint}\n\nFollow this approach: {sketch}"
     turn: str = "{observation}"
 
-    @classmethod
-    def load(cls, values: dict) -> "Prompts":
-        """The defaults with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
-        known = [f.name for f in fields(cls)]
+    def replaced(self, values: dict) -> "Prompts":
+        """These with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
+        known = [f.name for f in fields(self)]
         for name, text in values.items():
             if name not in known or not isinstance(text, str):
                 raise ValueError(f"prompt {name!r}: must be one of {', '.join(known)}, each a string")
-        prompts = cls(**values)
+        prompts = replace(self, **values)
         if prompts.solve.count("{sketch}") != 1:
             raise ValueError(f"prompt 'solve' is {prompts.solve!r}: must hold {{sketch}} once, where the sketch goes")
         return prompts
 
 
+# Where the sketches are the answers.
+ANSWER_PROMPTS = Prompts(
+    direct="{problem} Write {sketch_hint}. {answer_hint}",
+    sketch="{problem} Write {sketch_hint}. {answer_hint}",
+    next="Write another one, different from all of yours above.",
+)
 # The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
 TINY_PROMPTS = Prompts(
     direct="{problem} <solve>",
@@ -87,7 +92,7 @@ TINY_PROMPTS = Prompts(
     solve="{problem} <sketch> {sketch} <solve>",
     turn="{observation} <solve>",
 )
-TINY_ANSWER_PROMPTS = Prompts("{problem}", "{problem}", "", "{problem} {sketch}", "{observation}")  # one stage only
+TINY_ANSWER_PROMPTS = Prompts(direct="{problem}", sketch="{problem}", next="", solve="{problem} {sketch}")
 TINY_WORDS = ["<sketch>", "<solve>"]
 
 

@@ -397,9 +397,8 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
         raise UserError(f"--model {name}: cannot be loaded ({reason}); {remedy}") from None
     ours = json.loads((path / "sesa.json").read_text()) if (path / "sesa.json").exists() else {}
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    policy = Policy(model, tokenizer, sesa.Prompts(**ours.get("prompts", {})), ours.get("limits", limits))
-    if prompts is not None:
-        policy.prompts = load_prompts(prompts)
+    texts = sesa.Prompts(**ours["prompts"]) if ours else sesa.Prompts() if task.two_stage else sesa.ANSWER_PROMPTS
+    policy = Policy(model, tokenizer, load_prompts(prompts, texts), ours.get("limits", limits))
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
     if not policy.stop_ids:
@@ -407,9 +406,11 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
     return policy
 
 
-def load_prompts(path: str) -> sesa.Prompts:
+def load_prompts(path: str | None, default: sesa.Prompts) -> sesa.Prompts:
+    if path is None:
+        return default
     try:
-        return sesa.Prompts.load(json.loads(Path(path).read_text(encoding="utf-8")))
+        return default.replaced(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--prompts {path}: {error}; must be a JSON object of texts") from None
 
@@ -435,7 +436,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
         torch.manual_seed(0)  # one base, whatever the seed of training
         model = LlamaForCausalLM(LlamaConfig(**shape, **ends))
     prompts = sesa.TINY_PROMPTS if task.two_stage else sesa.TINY_ANSWER_PROMPTS
-    return Policy(model, tokenizer, load_prompts(config.prompts) if config.prompts else prompts, dict(task.tiny_tokens))
+    return Policy(model, tokenizer, load_prompts(config.prompts, prompts), dict(task.tiny_tokens))
 
 
 def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
@@ -972,7 +973,7 @@ def show(config: Config, task: tasks.Task) -> None:
     tasks.show(task, config.show)
     problem = task.problems("train", config.seed)[0]
     chat = sesa.Chat(tiny_policy(dataclasses.replace(config, prompts=None), task).tokenizer, [])
-    prompts = load_prompts(config.prompts) if config.prompts else sesa.Prompts()
+    prompts = load_prompts(config.prompts, sesa.Prompts() if task.two_stage else sesa.ANSWER_PROMPTS)
     explorer = sesa.Explorer(None, task, chat, prompts)
     for name in ("direct", "sketch", "next", "solve"):
         text = explorer.text(getattr(prompts, name), problem=problem.text, sketch="<the sketch>")

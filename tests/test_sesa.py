@@ -251,10 +251,10 @@ def test_only_the_last_stop_token_is_left_out_of_a_text():
 
 
 def test_prompts_are_checked_when_loaded():
-    assert Prompts.load(dict(next="more")) == replace(Prompts(), next="more")
+    assert Prompts().replaced(dict(next="more")) == replace(Prompts(), next="more")
     for values in (dict(nonsense="x"), dict(next=3), dict(solve="no place for it"), dict(solve="{sketch} {sketch}")):
         with pytest.raises(ValueError, match="must"):
-            Prompts.load(values)
+            Prompts().replaced(values)
 
 
 def test_braces_in_a_problem_are_left_alone():
