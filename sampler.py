@@ -118,7 +118,7 @@ class Sampler:
         self._head, config = self._twin.get_output_embeddings(), self._twin.config
         self._vocab = self._head.weight.shape[0]
         self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-        self._max_positions = getattr(config, "max_position_embeddings", None) or math.inf
+        self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self._arena = _Arena(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._next_row = 0
@@ -410,10 +410,10 @@ class Sampler:
 
     def _check_length(self, row: int, params: SamplingParams) -> None:
         length, new = self.length(row), params.max_new_tokens
-        if length + new > self._max_positions:
+        if length + new > self.max_positions:
             raise ValueError(
                 f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
-                f"{self._max_positions} positions; shorten the prompt or max_new_tokens"
+                f"{self.max_positions} positions; shorten the prompt or max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -679,7 +679,7 @@ class _Forward:
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
-        if leaves != self.leaves or self.room == 0:
+        if leaves != self.leaves or self.room == 0 or any(leaf.cached + 1 != len(leaf.ids) for leaf in leaves):
             return False
         self.room -= 1
         self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]

@@ -24,7 +24,8 @@ deviate from it, or chose what it leaves open:
  6. Ablations of Stage I: `sketches="iid"` (empty history), "list" (all K in one text, one on each line), "placebo"
     (sketches of another problem).
  7. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
-    tokenised again. So a history is append-only for every chat template, and its cached keys and values stay valid.
+    tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
+    values stay valid.
 
 This file knows no file and no process group; `rollout` gives Groups, `credit` their advantages, `sequences` what the
 loss is computed on. P problems, K sketches, M solutions per sketch, G answers in a group, C chains.
@@ -94,6 +95,12 @@ TINY_PROMPTS = Prompts(
 )
 TINY_ANSWER_PROMPTS = Prompts(direct="{problem}", sketch="{problem}", next="", solve="{problem} {sketch}")
 TINY_WORDS = ["<sketch>", "<solve>"]
+
+
+def default_prompts(tiny: bool, two_stage: bool) -> Prompts:
+    if tiny:
+        return TINY_PROMPTS if two_stage else TINY_ANSWER_PROMPTS
+    return Prompts() if two_stage else ANSWER_PROMPTS
 
 
 class Chat:
@@ -300,16 +307,40 @@ class Explorer:
         self.sampler.release(rows)
         return completions
 
+    def longest(self, problem: Problem, plan: Plan) -> int:
+        """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
+        Observations are counted as if they were as long as the problem."""
+        sketch, solution = plan.sketch_params.max_new_tokens, plan.solution_params.max_new_tokens
+        again = len(self.chat.following(self.text(self.prompts.next)))
+        chain = len(self.sketch_prompt(problem)) + plan.num_sketches * (sketch + again)
+        if not self.task.two_stage:
+            return chain
+        observation = self.text(self.prompts.turn, observation=problem.text)
+        episode = self.task.max_turns * solution + (self.task.max_turns - 1) * len(self.chat.following(observation))
+        prompts = len(self.direct_prompt(problem)), len(self.solve_prompt(problem, [])) + sketch
+        return max(chain, max(prompts) + episode)
+
+    def check_lengths(self, problems: Sequence[Problem], plan: Plan) -> None:
+        """ValueError for a problem whose conversations do not fit the model; of endless problems the first ones."""
+        for i in range(len(problems) if len(problems) <= 20_000 else 100):
+            if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
+                raise ValueError(
+                    f"problem {problems[i].text[:40]!r} takes up to {need} tokens with sketches or solution, the model "
+                    f"has {self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
+                    "--max_sketch_tokens or --num_sketches"
+                )
+
     def draft_list(self, problem, plan, seed):
         """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
         count, params = plan.num_sketches, plan.sketch_params
-        prompt = self.chat.opening(self.text(self.prompts.list, problem=problem.text, count=str(count)))
+        prompt = self.chat.opening(self.text(self.prompts.list, count=str(count), problem=problem.text))
         rows = self.branch(problem, [Trajectory(prompt, [], 0)])
         params = replace(params, max_new_tokens=count * params.max_new_tokens)
         [completion] = yield rows, params, [derive_seed(*seed, "sketch", 0)]
         self.sampler.release(rows)
-        text = re.sub(r"(?m)^\s*([-*•]|\d+[.)])\s", "", self.chat.decode(completion.ids))
-        lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        lines = [line.strip() for line in self.chat.decode(completion.ids).splitlines() if line.strip()]
+        marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
+        lines = marked or lines or [""]  # beside marked lines there is talk
         return [Completion(self.chat.encode(lines[i % len(lines)]), [], "length") for i in range(count)]
 
     def solve(self, problem, drafts: list[Completion], plan, seed):

@@ -224,6 +224,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     defaults |= (GRPO if config.method == "grpo" else {}) | (PRETRAINED if config.model != "tiny" else {})
     name = "".join(c if c.isalnum() else "_" for c in config.task)
     defaults |= dict(output_dir=f"runs/{name}-{config.method}-{config.seed}" + "-eval" * config.eval_only)
+    defaults |= {} if config.kl_coef is None else dict(kl_coef_end=config.kl_coef)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     answers = config.num_sketches * config.num_solutions
     derived = dict(group_size=answers, kl_coef_end=config.kl_coef)
@@ -237,12 +238,13 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     grpo, chains = config.method == "grpo", chain_credit(config, task)
     size = config.group_size if grpo else answers
     sized = "--group_size" if grpo else "--num_sketches times --num_solutions"
-    least_k, most_k = min(config.eval_k, default=0), min(config.eval_samples, answers)
+    least_k = min(config.eval_k, default=0)
+    most_k = min(config.eval_samples, answers) if task.two_stage else config.eval_samples
     unpaired = config.problems_per_step < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1
     alone = chains and config.baseline == "position" and config.problems_per_step < 2
     for name in (positive + not_negative).split():
         value, above = getattr(config, name), name in positive.split()
-        if value is not None and not (value > 0 or value == 0 and not above):  # nan is neither
+        if value is not None and not (0 < value < math.inf or value == 0 and not above):  # nan is neither
             raise UserError(f"--{name} {value}: must be {'above 0' if above else '0 or more'}")
     for wrong, line in (
         (size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"),
@@ -259,8 +261,14 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          f"{most_k}, the samples of a problem"),
         (config.sketches == "placebo" and unpaired, "--sketches placebo takes those of the problem before: needs "
          "--problems_per_step 2 or more, on one rank"),
-        (config.sketches == "list" and (config.model == "tiny" or not task.two_stage), "--sketches list: the tiny "
-         "policy writes no lines, and guesses have no solutions; needs a pretrained model and another task"),
+        (config.sketches == "list" and config.model == "tiny", "--sketches list: the tiny policy writes no lines; "
+         "needs a pretrained model"),
+        (config.sketches != "sequential" and (grpo or not task.two_stage), f"--sketches {config.sketches}: there is no "
+         "Stage I to vary; for guesses that do not see each other use --method grpo"),
+        (chains and task.num_problems("train") > 1 and (config.baseline != "chain" or config.rarity), "chains about "
+         "different problems are not comparable: use --baseline chain --rarity 0"),
+        (config.tiny_width // max(1, config.tiny_width // 32) % 2, f"--tiny_width {config.tiny_width}: must be a "
+         "multiple of 32, or even and below"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
     ):  # fmt: skip
         if wrong:
@@ -397,7 +405,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
         raise UserError(f"--model {name}: cannot be loaded ({reason}); {remedy}") from None
     ours = json.loads((path / "sesa.json").read_text()) if (path / "sesa.json").exists() else {}
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    texts = sesa.Prompts(**ours["prompts"]) if ours else sesa.Prompts() if task.two_stage else sesa.ANSWER_PROMPTS
+    texts = sesa.Prompts(**ours["prompts"]) if ours else sesa.default_prompts(False, task.two_stage)
     policy = Policy(model, tokenizer, load_prompts(prompts, texts), ours.get("limits", limits))
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
@@ -435,8 +443,8 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # one base, whatever the seed of training
         model = LlamaForCausalLM(LlamaConfig(**shape, **ends))
-    prompts = sesa.TINY_PROMPTS if task.two_stage else sesa.TINY_ANSWER_PROMPTS
-    return Policy(model, tokenizer, load_prompts(config.prompts, prompts), dict(task.tiny_tokens))
+    prompts = load_prompts(config.prompts, sesa.default_prompts(True, task.two_stage))
+    return Policy(model, tokenizer, prompts, dict(task.tiny_tokens))
 
 
 def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
@@ -455,7 +463,8 @@ def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
     if ranks.rank == 0:
         if not cache.exists():
             demonstrate(config, policy, task, ranks.device)
-            write_folder(cache, policy.save)
+            if not cache.exists():  # another run may have been faster
+                write_folder(cache, policy.save)
         policy.model = load_policy(str(cache), task).model
     ranks.broadcast(policy.model.to(ranks.device).parameters())
     return policy
@@ -540,15 +549,9 @@ def distribution(model: nn.Module, config: Config) -> dict:
 
 
 def update(
-    policy: nn.Module,
-    reference: nn.Module | None,
-    rows: list[tuple[int, rl.TrainingSequence]],
-    config: Config,
-    optimizer: torch.optim.Optimizer,
-    kl_coef: float,
-    max_tokens: int,
-    ranks: Ranks,
-) -> dict[str, float]:
+    policy: nn.Module, reference: nn.Module | None, rows: list[tuple[int, rl.TrainingSequence]], config: Config,
+    optimizer: torch.optim.Optimizer, kl_coef: float, max_tokens: int, ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
     """One rollout's updates. rows: (place of its problem in the step, row), this rank's. Returns metrics.
 
     Minibatch b holds the problems whose place is b modulo `minibatches`. The denominators are counted over all ranks
@@ -574,16 +577,12 @@ def update(
                 ref = None if reference is None else hidden_states(reference, micro, ranks.device)[0]  # [N, H]
             # The loss is computed in chunks of tokens: what is None is bound here, what is [N] is cut like the tokens.
             fixed, extras = ([None], inputs[1:]) if inputs[0] is None else ([], inputs)
+            ref_weight = None if reference is None else head(reference, ref)
             loss, stats = kernels.linear_policy_loss(
-                hidden,
-                head(policy, hidden),
-                targets,
+                hidden, head(policy, hidden), targets,
                 lambda stats, *extras, fixed=fixed: rl.policy_loss(stats, *fixed, *extras, **options),
-                extras,
-                ref,
-                None if reference is None else head(reference, ref),
-                **distribution(policy, config),
-            )
+                extras, ref, ref_weight, **distribution(policy, config),
+            )  # fmt: skip
             loss.backward()
             metrics = rl.update_metrics(stats, *inputs, **clips)
             shift = (stats.logp if inputs[0] is None else inputs[0]) - sampled  # [N]
@@ -660,11 +659,8 @@ class RunFolder:
     def cut(self, name: str, step: int) -> None:
         """Drop the rows after `step`, and a last row that was cut off by a crash."""
         file = self.path / name
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         file.write_text("".join(kept), encoding="utf-8")
 
     def rows(self, name: str) -> list[dict]:
@@ -756,8 +752,9 @@ class Run:
             mine = self.ranks.share([p for p in problems for _ in range(rounds)])
             groups = self.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
             outcomes = self.ranks.gather([g.outcomes() for g in groups])
-            if not task.two_stage:  # one problem: its rounds are one list of guesses
-                outcomes = [[o for group in outcomes for o in group][:n]]
+            if not task.two_stage:  # the rounds of a problem are one list of guesses
+                rounds = [outcomes[i : i + rounds] for i in range(0, len(outcomes), rounds)]
+                outcomes = [[o for group in each for o in group][:n] for each in rounds]
             found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, task.targets)
         found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
         return found
@@ -972,10 +969,9 @@ def show(config: Config, task: tasks.Task) -> None:
     """--show N: what the task looks like to a policy, and how it scores."""
     tasks.show(task, config.show)
     problem = task.problems("train", config.seed)[0]
-    chat = sesa.Chat(tiny_policy(dataclasses.replace(config, prompts=None), task).tokenizer, [])
-    prompts = load_prompts(config.prompts, sesa.Prompts() if task.two_stage else sesa.ANSWER_PROMPTS)
-    explorer = sesa.Explorer(None, task, chat, prompts)
-    for name in ("direct", "sketch", "next", "solve"):
+    prompts = load_prompts(config.prompts, sesa.default_prompts(config.model == "tiny", task.two_stage))
+    explorer = sesa.Explorer(None, task, None, prompts)
+    for name in ("direct", "sketch", "next", "solve") if task.two_stage else ("sketch", "next"):
         text = explorer.text(getattr(prompts, name), problem=problem.text, sketch="<the sketch>")
         print(f"--- prompt '{name}'\n{text}\n")
 
@@ -1007,6 +1003,7 @@ def main(config: Config) -> None:
         folder = RunFolder(config, ranks)
         state = folder.open()
         run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
+        run.explorer.check_lengths(task.problems("train", config.seed), run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
             began, base = time.perf_counter(), run.evaluate()
             state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)

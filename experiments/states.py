@@ -99,7 +99,7 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> None:
     keep = ("steps", "seconds", "peak_rss_mb", "generated_tokens", "unique_found", "versions")
     row = dict(arm=arm, seed=seed, flags=[*FLAGS, *ARMS[arm][0]]) | {name: summary[name] for name in keep}
     row["curve"] = [
-        dict(step=step) | {kind: dict(right=e[kind]["avg@n"], coverage=e[kind]["coverage"]) for kind in e if kind in KINDS}
+        dict(step=step) | {kind: dict(right=e[kind]["avg@n"], coverage=e[kind]["coverage"]) for kind in KINDS}
         for step, e in evals
     ]
     with open(RESULTS, "a") as file:

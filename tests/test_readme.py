@@ -97,13 +97,37 @@ def test_metrics_are_in_the_dictionary(run_folder):
     assert {"reward", "loss", "grad_norm", "entropy", "kl", "generated_tokens", "step_time"} <= set(row)
 
 
-@pytest.mark.parametrize("name", ["collapse", "tasks"])
-def test_tables_are_drawn_from_the_committed_results(name):
-    script = ROOT / "experiments" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", script)
+def experiment(name: str):
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["collapse", "states", "tasks"])
+def test_tables_are_drawn_from_the_committed_results(name):
+    module = experiment(name)
     table = module.table(module.results())
     assert table == module.TABLE.read_text(encoding="utf-8")
     assert table.strip() in README
     assert module.PICTURE.stat().st_size > 10_000 and f"experiments/{name}.png" in README
+
+
+def test_a_state_is_right_if_it_is_the_only_one_that_is_named():
+    module = experiment("states")
+    task = module.States()
+    assert len(task.targets) == len(module.STATES) == 50
+    for text, key in [
+        ("I like New York.", "New-York"),
+        ("West Virginia", "West-Virginia"),
+        ("Virginia", "Virginia"),
+        ("Arkansas", "Arkansas"),
+        ("Ohio, or Ohio", "Ohio"),
+        ("Ohio or Texas", None),
+        ("Texasville", None),
+        ("x" * 300 + " Ohio", None),
+        ("", None),
+    ]:
+        outcome = task.score(None, text)
+        assert (outcome.key, outcome.success, outcome.reward) == (key, key is not None, float(key is not None)), text
+    assert all(task.score(None, name).key == name for name in module.STATES)

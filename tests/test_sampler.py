@@ -262,6 +262,16 @@ def test_random_operations_equal_recomputation(seed):
     assert sampler.cache_bytes == 0
 
 
+def test_a_row_goes_on_after_forks_that_drew_from_its_last_state_alone(model):
+    sampler = Sampler(model, [])
+    [row] = sampler.prefill([[1, 2, 3]])
+    [first] = sampler.sample([row], SamplingParams(max_new_tokens=4), [0])
+    sampler.sample(sampler.fork([row], 2), SamplingParams(max_new_tokens=1), [1, 2])  # computes `row`, and no kid
+    [second] = sampler.sample([row], SamplingParams(max_new_tokens=5), [3])
+    expected = teacher_forced(model, [1, 2, 3, *first.ids], second.ids, 1.0)
+    torch.testing.assert_close(torch.tensor(second.logps), expected, rtol=0, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------- programs
 
 

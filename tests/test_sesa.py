@@ -352,6 +352,8 @@ def test_listed_sketches_are_the_lines_of_one_text():
     explorer = Explorer(Sampler(random_policy(len(tokenizer)), [stop]), Talk(), Chat(tokenizer, [stop]), PROMPTS)
     for text, lines in [
         ("1. 3 + 5\n\n - seven \n3) 8 / 2\n", ["3 + 5", "seven", "8 / 2", "3 + 5"]),
+        ("Here are 2 plans:\n**1.** -3 + 5\n(2) b\nGood luck!", ["-3 + 5", "b", "-3 + 5", "b"]),
+        ("-3 + 5\n8 / 2", ["-3 + 5", "8 / 2", "-3 + 5", "8 / 2"]),
         ("3 + 5", ["3 + 5"] * 4),
         ("\n", [""] * 4),
     ]:

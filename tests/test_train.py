@@ -42,7 +42,7 @@ class Letters(Task):
     name, two_stage, targets, words = "letters", False, frozenset("abc"), ["go", *"abcdefgh"]
     tiny_tokens = dict(sketch=3, solution=3)
 
-    def count(self, split):
+    def num_problems(self, split):
         return 1
 
     def make(self, split, seed, i):
@@ -162,6 +162,25 @@ def assert_same_metrics(ours: list[dict], theirs: list[dict], tolerance: float =
         for name in mine.keys() - TIMES - {"eval"}:
             assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
         assert mine.get("eval") == other.get("eval")
+
+
+def test_defaults_follow_what_is_given():
+    task = tasks.make_task("synthetic")
+    assert train.resolve(Config(), task).kl_coef_end == 0.02 < train.resolve(Config(), task).kl_coef
+    assert train.resolve(Config(kl_coef=0.0), task).kl_coef_end == 0.0
+    assert train.resolve(Config(eval_k=(20, 100), eval_samples=100), task).eval_k == (20, 100)
+
+
+def test_guesses_at_several_problems_are_evaluated_problem_by_problem(toys, tmp_path):
+    many = tmp_path / "many.py"
+    text = Path(toys["letters"]["task"].partition(":")[0]).read_text()
+    many.write_text(text.replace("        return 1\n", "        return 5\n", 1))
+    options = toys["letters"] | dict(task=f"{many}:Letters", steps=1)
+    with pytest.raises(train.UserError, match="different problems are not comparable"):
+        run(tmp_path / "refused", **options)
+    out = run(tmp_path / "run", **options, baseline="chain", rarity=0.0)
+    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    assert all(evaluation[kind]["problems"] == 3 and evaluation[kind]["n"] == 20 for kind in ("iid", "sequential"))
 
 
 @pytest.fixture
@@ -677,6 +696,11 @@ GOLDEN = [
         ("--eval_k 0 4", "--eval_k"),
         ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
         ("--task countdown --sketches list", "--sketches list"),
+        ("--task synthetic --sketches iid", "--sketches iid: there is no Stage I to vary"),
+        ("--task countdown --method grpo --sketches placebo", "--sketches placebo: there is no Stage I to vary"),
+        ("--tiny_width 33", "--tiny_width 33: must be a multiple of 32"),
+        ("--cache_gb inf", "--cache_gb inf: must be above 0"),
+        ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --max_new_tokens"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
         ("--prompts prompts.json", "prompt 'solve' is 'no place': must hold {sketch} once"),
@@ -695,6 +719,9 @@ def test_wrong_input_ends_with_one_line_and_touches_nothing(words, line, tmp_pat
     (tmp_path / "broken.jsonl").write_text('{"question": "1 + 1", "answer": 2}\n{"question": \n')
     (tmp_path / "prompts.json").write_text('{"solve": "no place"}')
     (tmp_path / "list.json").write_text("[]")
+    questions = [f"how many {i}" for i in range(60)] + ["how many" + " 17" * 2500] * 3  # some are held out
+    records = [json.dumps(dict(question=question + f" {i}", answer="1")) for i, question in enumerate(questions)]
+    (tmp_path / "long.jsonl").write_text("\n".join(records))
     before = tree(tmp_path)
     small = "--warm_start_steps 0 --tiny_width 32 --tiny_layers 1 --eval_samples 16 --eval_k 1 --steps 0".split()
     given = words.split()
