@@ -293,45 +293,45 @@ class Synthetic(Task):
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 SUM, PRODUCT = ((ast.Add, ast.Sub), "+-"), ((ast.Mult, ast.Div), "*/")  # an operation, its inverse and their signs
-# difficulty: counts of numbers, largest number, largest target
-DIFFICULTIES = dict(easy=((3,), 9, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
+# difficulty: counts of numbers, the largest number, the largest value of the target and of the steps to it
+DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
-def combinations(numbers: tuple) -> Iterator[tuple[tuple, str]]:
-    """All ways to join two (value, text) by an operation that gives a positive whole number: (shorter tuple, text)."""
+def combinations(numbers: tuple, top: int) -> Iterator[tuple[tuple, str]]:
+    """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
     for i, j in permutations(range(len(numbers)), 2):
         (a, left), (b, right) = numbers[i], numbers[j]
         values = {"+": a + b, "*": a * b} if i < j else {}
-        values |= {"-": a - b} if a > b else {}
-        values |= {"/": a // b} if a % b == 0 else {}
+        values |= {"-": a - b, "/": 0 if a % b else a // b}
         rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
         for operator, value in values.items():
-            text = f"{left} {operator} {right}"
-            yield ((value, f"( {text} )"), *rest), text
+            if 0 < value <= top:
+                yield ((value, f"( {left} {operator} {right} )"), *rest), f"{a} {operator} {b} = {value}"
 
 
-def combine_at_random(numbers: Sequence[int], rng: random.Random) -> tuple[int, str]:
+def combine_at_random(numbers: Sequence[int], top: int, rng: random.Random) -> tuple[int, str]:
     """(value, text) of random combinations that use up all numbers."""
     pool = tuple((n, str(n)) for n in numbers)
     while len(pool) > 1:
-        pool = rng.choice([shorter for shorter, _ in combinations(pool)])
+        pool = rng.choice([shorter for shorter, _ in combinations(pool, top)])
     return pool[0][0], pool[0][1][2:-2]
 
 
-def solve_countdown(numbers: Sequence[int], target: int) -> dict[str, str]:
-    """Exhaustive search over positive whole values: {first operation: one full solution that begins with it}.
+def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict[str, tuple[str, str]]:
+    """Exhaustive search over positive whole values: {first step: one full solution that begins with it, its steps}.
 
     >>> solve_countdown([3, 5, 7], 56)
-    {'3 + 5': '( 3 + 5 ) * 7'}
+    {'3 + 5 = 8': ('( 3 + 5 ) * 7', '3 + 5 = 8 8 * 7 = 56')}
     """
 
-    def solve(pool):
+    def solve(pool, steps):
         if len(pool) == 1:
-            return pool[0][1] if pool[0][0] == target else None
-        return next((text for shorter, _ in combinations(pool) if (text := solve(shorter))), None)
+            return (pool[0][1][2:-2], " ".join(steps)) if pool[0][0] == target else None
+        tries = (solve(shorter, [*steps, step]) for shorter, step in combinations(pool, top))
+        return next(filter(None, tries), None)
 
-    found = {first: solve(shorter) for shorter, first in combinations(tuple((n, str(n)) for n in numbers))}
-    return {first: text[2:-2] for first, text in found.items() if text}
+    pool = tuple((n, str(n)) for n in numbers)
+    return {step: found for shorter, step in combinations(pool, top) if (found := solve(shorter, [step]))}
 
 
 def parse_expression(text: str) -> ast.expr | None:
@@ -380,7 +380,7 @@ class Countdown(Task):
     difficulty: str = "normal"
 
     name = "countdown"
-    tiny_tokens = dict(sketch=4, solution=20)
+    tiny_tokens = dict(sketch=4, solution=32)
     sketch_hint = "the first combination to try: two of the numbers joined by one operation, such as 3 + 5"
     answer_hint = "Use each number exactly once, with + - * / and brackets. You may think inside <think> </think>, then"
     answer_hint += " give the expression, such as <answer> ( 3 + 5 ) * 7 </answer>."
@@ -389,13 +389,13 @@ class Countdown(Task):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-        numbers = [str(n) for n in range(1, max(self.largest, self.top) + 1)]
-        self.words = ["Numbers:", "Target:", "<answer>", "</answer>", *"+-*/()", *numbers]
+        numbers = [str(n) for n in range(1, self.top + 1)]
+        self.words = ["Numbers:", "Target:", "<think>", "</think>", "<answer>", "</answer>", *"+-*/()=", *numbers]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
-        target, _ = combine_at_random(numbers, rng)  # so it can be reached
-        if target > self.top or target in numbers or not keep((sorted(numbers), target)):
+        target, _ = combine_at_random(numbers, self.top, rng)  # so it can be reached
+        if target in numbers or not keep((sorted(numbers), target)):
             return None
         return f"Numbers: {' '.join(map(str, numbers))} Target: {target}", (tuple(numbers), target)
 
@@ -420,17 +420,18 @@ class Countdown(Task):
         return NOTHING
 
     def guess(self, problem, rng):
-        return [f"<answer> {combine_at_random(problem.data[0], rng)[1]} </answer>"]
+        return [f"<answer> {combine_at_random(problem.data[0], self.top, rng)[1]} </answer>"]
 
     def floor(self):
         return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
 
     def demonstrate(self, problem, rng):
-        """All first combinations that lead to a solution, one at random first, then combinations that do not."""
-        solutions = solve_countdown(*problem.data)
-        firsts = [first for _, first in combinations(tuple((n, str(n)) for n in problem.data[0]))]
-        sketches = sorted(dict.fromkeys(firsts), key=lambda first: (first not in solutions, rng.random()))[:8]
-        return Demonstration(problem, sketches, [f"<answer> {solutions[sketches[0]]} </answer>"])
+        """A solution step by step. Sketches: all first combinations that lead to one, then combinations that do not."""
+        solutions = solve_countdown(*problem.data, self.top)
+        firsts = dict.fromkeys(step for _, step in combinations(tuple((n, str(n)) for n in problem.data[0]), self.top))
+        firsts = sorted(firsts, key=lambda first: (first not in solutions, rng.random()))[:8]
+        turn = "<think> {1} </think> <answer> {0} </answer>".format(*solutions[firsts[0]])
+        return Demonstration(problem, [first.split(" =")[0] for first in firsts], [turn])
 
 
 # ----------------------------------------------------------------------------- agents on a grid: Sokoban and FrozenLake
@@ -821,7 +822,7 @@ def read_rows(source: str) -> Iterator[Any]:
 
         yield from read_table(source).to_pylist()
     elif Path(source).exists() or source.endswith((".json", ".jsonl")):
-        yield from (line.strip() for line in Path(source).read_text(encoding="utf-8").split("\n"))
+        yield from (line.strip() for line in Path(source).read_text(encoding="utf-8-sig").split("\n"))
     else:
         need("datasets")
         from datasets import load_dataset
@@ -847,11 +848,11 @@ def read_record(where: str, row: dict | str) -> Record:
     with suppress(ValueError, TypeError, AttributeError, RecursionError):
         row = {key.lower(): value for key, value in (json.loads(row) if isinstance(row, str) else row).items()}
         question, answer = row.get("question", row.get("problem")), row.get("answer", row.get("solution"))
-        if isinstance(question, str) and isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        final = extract_final(str(answer)) or str(answer).strip()
+        if isinstance(question, str) and type(answer) in (str, int, float) and 0 < len(final) <= MAX_ANSWER:
             worked = str(row.get("solution") or answer).strip()
-            final = extract_final(str(answer)) or str(answer).strip()
             return Record(question.strip(), final, "" if worked == final else worked)
-    raise ValueError(f'{where}: must be a JSON object {{"question": text, "answer": text or number}}')
+    raise ValueError(f'{where}: must be a JSON object {{"question": text, "answer": text or number, up to 4 KB}}')
 
 
 def extract_final(text: str) -> str | None:

@@ -121,8 +121,8 @@ class Config:
     """clip the gradient to this norm"""
     minibatches: int = 1
     """updates per rollout, each on its share of the problems; with 1 the ratio is 1 and the clip idle"""
-    micro_batch_tokens: int = 16384
-    """tokens, padding included, of one forward and backward; changes memory, not results"""
+    micro_batch_tokens: int | None = None
+    """tokens, padding included, of one forward and backward; changes memory and speed, not results"""
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
     """what a token weighs: 1/length of its sequence, a constant, or 1/all tokens"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None
@@ -168,8 +168,8 @@ class Config:
     warm_start_steps: int | None = None
     """steps of maximum likelihood on demonstrations, tiny policy only"""
     warm_start_batch: int = 32
-    """demonstrated problems per step"""
-    warm_start_lr: float = 3e-3
+    """rows of demonstrations (a chain of sketches, a solution) per step"""
+    warm_start_lr: float | None = None
     """peak learning rate of the warm start"""
     tiny_width: int = 128
     """hidden width of the tiny policy"""
@@ -192,17 +192,20 @@ class Config:
     """the GPU if there is one"""
 
 
-# What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's.
+# What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's, with
+# what a tiny policy needs by experiments/LOG.md.
 ANSWERS = dict(
     steps=300, problems_per_step=16, num_sketches=16, sketch_context="keep", advantage_scale="none", repeats="zero",
-    rarity=0.5, kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, warm_start_steps=1000, eval_samples=1000,
+    rarity=0.5, kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, warm_start_steps=1000, warm_start_lr=3e-3,
+    eval_samples=1000, micro_batch_tokens=16384,
 )  # fmt: skip
 TWO_STAGE = dict(
     steps=200, problems_per_step=8, num_sketches=16, sketch_context="drop", advantage_scale="std", repeats="full",
-    rarity=0.0, kl_coef=0.001, kl_coef_end=None, learning_rate=1e-4, warm_start_steps=1500, eval_samples=16,
+    rarity=0.0, kl_coef=0.001, kl_coef_end=None, learning_rate=1e-4, warm_start_steps=1500, warm_start_lr=2e-3,
+    eval_samples=16, micro_batch_tokens=2048,
 )  # fmt: skip
-GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0)
-PRETRAINED = dict(learning_rate=1e-6)
+GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0, learning_rate=3e-4)
+PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=16384)
 
 
 class UserError(ValueError):

@@ -72,7 +72,7 @@ def clocks() -> tuple[float, float]:
 
 def our_steps(options: Options, policy: train.Policy, prompts: list[str]) -> list[tuple[float, float]]:
     """The clocks at the end of every step: sampler, advantages and train.update, as train.py runs them."""
-    model, config = policy.model, train.Config(kl_coef=0.0, loss_type="grpo")
+    model, config = policy.model, train.Config(kl_coef=0.0, loss_type="grpo", micro_batch_tokens=16384)
     sampler = Sampler(model, [])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     ranks = train.Ranks(0, 1, torch.device("cpu"))

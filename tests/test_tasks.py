@@ -389,8 +389,16 @@ def test_countdown_agrees_with_exhaustive_search(difficulty):
         numbers, target = problem.data
         values = reachable(tuple(map(Fraction, numbers)))
         assert target in values
-        solutions = tasks.solve_countdown(numbers, target)
-        assert solutions and all(task.score(problem.data, f"<answer>{s}</answer>").success for s in solutions.values())
+        solutions = tasks.solve_countdown(numbers, target, task.top)
+        assert solutions
+        for start, (expression, steps) in solutions.items():
+            assert task.score(problem.data, f"<answer>{expression}</answer>").success
+            sides = [side.split() for side in steps.split(" = ")]  # a + b, value c * d, ..., target
+            parts = [" ".join(side[-3:]) for side in sides[:-1]]
+            values_of_steps = [int(side[0]) for side in sides[1:]]
+            assert [tasks.evaluate(tasks.parse_expression(part)) for part in parts] == values_of_steps
+            assert steps.startswith(start) and values_of_steps[-1] == target
+            assert len(parts) == len(numbers) - 1 and max(values_of_steps) <= task.top
         impossible = next(n for n in range(1, 10**6) if n not in values)
         assert tasks.solve_countdown(numbers, impossible) == {}
         for _ in range(20):
