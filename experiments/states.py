@@ -114,7 +114,7 @@ def table(rows: dict) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     mine = {arm: [row for (name, _), row in sorted(rows.items()) if name == arm] for arm in ARMS}
-    base = [runs[0] for runs in mine.values() if runs][:1]
+    base = list({row["seed"]: row for row in rows.values()}.values())  # the same for all arms
     for title, runs, when in [("before", base, 0)] + [(ARMS[arm][1], runs, -1) for arm, runs in mine.items() if runs]:
         points = [row["curve"][when] for row in runs]
         cells = []
