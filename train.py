@@ -706,7 +706,8 @@ class Run:
         self.config, self.task, self.policy, self.ranks = config, task, policy, ranks
         policy.model.to(ranks.device)
         if config.gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+            older_name = policy.model.gradient_checkpointing_enable
+            getattr(policy.model, "activation_checkpointing_enable", older_name)(dict(use_reentrant=False))
         self.reference = None if config.eval_only else self.make_reference()
         self.chat = policy.chat()
         # On a GPU the weights are fp32 and rollouts run on a bf16 copy of them; on a CPU on the weights themselves.
