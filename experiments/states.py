@@ -73,7 +73,6 @@ ARMS = {
     "grpo": (["--method", "grpo"], "GRPO"),
     "grpo-both": (["--method", "grpo", "--repeats", "zero", "--rarity", "0.5"], "GRPO with both of SESA's rewards"),
     "sesa": ([], "SESA"),
-    "sesa-rarity-1": (["--rarity", "1"], "SESA, rarity 1 instead of 0.5"),
 }
 FLAGS = """--problems_per_step 4 --num_sketches 8 --learning_rate 3e-5 --warmup_steps 3 --kl_coef 0 --kl_coef_end 0
     --eval_every 10 --eval_samples 160 --eval_k 1 8 32 160 --checkpoint_every 0 --sample_every 1""".split()
@@ -150,7 +149,7 @@ def draw(rows: dict) -> None:
         for (arm, seed), row in sorted(rows.items()):
             points = [(p["step"], value(p)) for p in row["curve"]]
             label = ARMS[arm][1] if seed == min(other for name, other in rows if name == arm) else None
-            color = dict(zip(ARMS, ("tab:red", "tab:green", "tab:blue", "tab:cyan"), strict=True))[arm]
+            color = dict(zip(ARMS, ("tab:red", "tab:green", "tab:blue"), strict=True))[arm]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
