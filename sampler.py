@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kernels import scaled_logits
+from kernels import LlamaBlocks, captured, draw_tokens, scaled_logits, tree_attention, triton_runs, uniform
 
 ATTENTION = "sesa_tree"  # our name in transformers' public registry of attention functions
 
@@ -102,13 +102,30 @@ class Sampler:
     memory_gb: budget for keys and values; rows that do not fit wait, and are computed again when they come back.
     max_forward_tokens: longer prefills are cut into several forwards.
     share_from: a fork of fewer tokens than this copies them instead of sharing (one attention call less per layer).
-    ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores).
+    graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between; "compiled" passes what
+        is captured through torch.compile first (a minute for every number of rows). Both are for GPUs and Llama-like
+        models, and have not run on a GPU yet. They draw what "off" draws; top-p always takes the way of "off".
+
+    >>> _ = torch.manual_seed(0)
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    >>> config = LlamaConfig(**shape, vocab_size=50)
+    >>> sampler = Sampler(LlamaForCausalLM(config), stop_ids=[2])
+    >>> [prompt] = sampler.prefill([[1, 5, 6, 7]])
+    >>> first, second = sampler.sample(sampler.fork([prompt], 2), SamplingParams(max_new_tokens=3), seeds=[0, 1])
+    >>> len(first.ids), len(first.logps), second.finish_reason, sampler.stats.prefill_tokens  # the prompt once
+    (3, 3, 'length', 4)
+    >>> [third] = sampler.sample([prompt], SamplingParams(max_new_tokens=3), seeds=[0])
+    >>> third.ids == first.ids, sampler.length(prompt)
+    (True, 7)
+
+ a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores).
     """
 
     def __init__(
         self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
         decode: Callable[[list[int]], str] | None = None, max_rows: int = 256, memory_gb: float | None = None,
-        max_forward_tokens: int = 4096, share_from: int = 33,
+        max_forward_tokens: int = 4096, share_from: int = 33, graphs: str = "off",
     ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
@@ -124,6 +141,15 @@ class Sampler:
         self._next_row = 0
         self._forward: _Forward | None = None  # the last forward, kept for as long as its rows decode in step
         self._check_model()
+        self.graphs, self._windows = graphs, {}
+        if graphs not in ("off", "on", "compiled"):
+            raise ValueError(f"graphs={graphs!r}: must be off, on or compiled")
+        aligned = self._arena.head_size * self._arena.dtype.itemsize % 16 == 0
+        if graphs != "off" and not (aligned and self._blocks and triton_runs(model.device)):
+            raise ValueError(
+                f"graphs={graphs!r} needs a GPU, Triton and a model like Llama, Qwen2 or Qwen3 whose heads have a "
+                f"multiple of 16 bytes; this is {type(model).__name__} on {model.device}: use graphs='off'"
+            )
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -213,7 +239,7 @@ class Sampler:
                     joining = [waiting.popleft() for _ in range(min(room - len(active.drafts), len(waiting)))]
                     active = _Batch(active.drafts + joining)
                 try:
-                    hidden = self._compute(active.leaves)  # [R, E]
+                    done = self._advance(active)
                 except _NoRoom as error:
                     if not self._evict_one(active.leaves):
                         if len(active.drafts) == 1:
@@ -222,7 +248,6 @@ class Sampler:
                         active = _Batch(active.drafts[:-1])
                         room = len(active.drafts)  # no new rows until one has finished
                     continue
-                done = self._draw(hidden, active)
                 if done:
                     room, active = self.max_rows, _Batch([d for d in active.drafts if not d.finish_reason])
                 for job in dict.fromkeys(draft.job for draft in done):
@@ -261,31 +286,55 @@ class Sampler:
         return job.drafts
 
     @torch.inference_mode()
-    def _draw(self, hidden: Tensor, active: _Batch) -> list[_Draft]:
-        """Draw the next token of every row from its last hidden state [R, E]; returns the rows that end with it."""
-        done = []
-        for params, members in active.groups:
+    def _advance(self, active: _Batch) -> list[_Draft]:
+        """Draw the next token of every row, or with graphs the next few; returns the rows that end."""
+        if self.graphs != "off" and active.in_step():
+            return self._draw_window(active)
+        hidden, done = self._compute(active.leaves), []  # [R, E]
+        for distribution, members in active.groups:
             drafts = [active.drafts[i] for i in members]
             states = hidden if len(active.groups) == 1 else hidden[members]
             u = torch.tensor([uniform(d.seed, len(d.ids)) for d in drafts], dtype=torch.float64, device=states.device)
-            drawn = draw_tokens(self._head(states), u, params, self._softcap)
-            tokens, logps = (values.tolist() for values in drawn)
-            if not math.isfinite(sum(logps)):
-                raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
-            for draft, token, logp in zip(drafts, tokens, logps, strict=True):
-                draft.ids.append(token)
-                draft.logps.append(logp)
-                draft.leaf.ids.append(token)
-                draft.leaf.drawn = 1
-                if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
-                    draft.finish_reason = "stop"
-                elif len(draft.ids) == draft.params.max_new_tokens:
-                    draft.finish_reason = "length"
-                if draft.finish_reason:
-                    done.append(draft)
+            tokens, logps = draw_tokens(self._head(states), u, *distribution, self._softcap)
+            done += self._accept(drafts, tokens.tolist(), logps.tolist())
         self.stats.decode_steps += 1
-        self.stats.generated_tokens += len(active.drafts)
         return done
+
+    def _draw_window(self, active: _Batch) -> list[_Draft]:
+        drafts, leaves, before = active.drafts, active.leaves, self.stats.generated_tokens
+        steps = min(_Window.STEPS, *(draft.params.max_new_tokens - len(draft.ids) for draft in drafts))
+        self._arena.reserve([(leaf, len(leaf.ids) + steps - 1) for leaf in leaves])
+        spans, distribution, done = [leaf.spans() for leaf in leaves], active.groups[0][0], []
+        key = _round_up(len(leaves), 1, 64), _round_up(max(map(len, spans)) // 4, 1, 64), distribution
+        with torch.cuda.device_of(self._head.weight):
+            if key not in self._windows:
+                self._windows[key] = _Window(self, *key)
+            for tokens, logps in self._windows[key].draw(drafts, spans, steps):
+                done += self._accept(drafts, tokens, logps)
+        for leaf in leaves:
+            leaf.cached, leaf.hidden = len(leaf.ids) - 1, None
+        self._forward, stats = None, self.stats
+        stats.decode_tokens += stats.generated_tokens - before
+        stats.forwards += steps
+        stats.decode_steps += steps
+        return done
+
+    def _accept(self, drafts: list[_Draft], tokens: list[int], logps: list[float]) -> list[_Draft]:
+        """Append a token to every row that has not ended; returns the rows that end with it."""
+        if not math.isfinite(sum(logps)):
+            raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
+        running = [entry for entry in zip(drafts, tokens, logps, strict=True) if not entry[0].finish_reason]
+        for draft, token, logp in running:
+            draft.ids.append(token)
+            draft.logps.append(logp)
+            draft.leaf.ids.append(token)
+            draft.leaf.drawn = 1
+            if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
+                draft.finish_reason = "stop"
+            elif len(draft.ids) == draft.params.max_new_tokens:
+                draft.finish_reason = "length"
+        self.stats.generated_tokens += len(running)
+        return [draft for draft, _, _ in running if draft.finish_reason]
 
     def _ends_with_text(self, draft: _Draft) -> bool:
         # A new match ends at the last token, and no token is shorter than a byte; the 4 spare tokens are for decoders
@@ -425,7 +474,7 @@ class Sampler:
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
         self.share_from = 0
-        for self._blocks in [_LlamaBlocks.of(twin), None]:  # ours if it agrees, or else the model's own forward
+        for self._blocks in [LlamaBlocks.of(twin), None]:  # ours if it agrees, or else the model's own forward
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
@@ -440,79 +489,6 @@ class Sampler:
                 "the sampler supports full attention with rotary or learnt positions, and finite weights"
             )
         self.share_from, self.stats = share_from, Stats()
-
-
-# ---------------------------------------------------------------------------------------------------- distribution
-
-
-def draw_tokens(logits: Tensor, u: Tensor, params: SamplingParams, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
-
-    The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
-    0 is never drawn. The log-prob is that of the distribution drawn from; greedy reports the one of temperature 1.
-
-    >>> logits = torch.tensor([[0.2, 0.7, 0.1]]).log()
-    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]), SamplingParams(temperature=1.0))
-    >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
-    ([1], [0.7])
-    """
-    scores = scaled_logits(logits, params.temperature or 1.0, softcap)  # [R, V]
-    if params.temperature and (params.top_k or params.top_p < 1 or params.min_p):
-        scores = truncate(scores, params.top_p, params.top_k, params.min_p)
-    probs = scores.softmax(-1)
-    if params.temperature:
-        running = probs.cumsum(-1, dtype=torch.float64)
-        ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
-        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
-    else:
-        ids = scores.argmax(-1, keepdim=True)
-    return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
-
-
-def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
-    """Scores [R, V] with -inf where top-k, then top-p, then min-p leave nothing. At least one token stays.
-
-    top-k keeps the k largest; top-p the most likely tokens, as few as reach the probability top_p among those kept by
-    top-k; min-p those of at least min_p times the largest probability. Ties with the last one that is kept stay too.
-
-    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
-    tensor([[0.5000, 0.3000, 0.0000]])
-    """
-    vocab = scores.shape[-1]
-    if 0 < top_k < vocab:
-        scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        probs = scores.double().softmax(-1)
-        for k in (min(256, vocab), vocab):  # a full sort only for a row that is as flat as to need it
-            ranked = probs.topk(k, dim=-1).values  # [R, k]
-            enough = (ranked.cumsum(-1) < top_p).sum(-1, keepdim=True)  # [R, 1]
-            if k == vocab or (enough < k).all():
-                break
-        scores = scores.masked_fill(probs < ranked.gather(-1, enough.clamp(max=k - 1)), -torch.inf)
-    if min_p:
-        scores = scores.masked_fill((scores - scores.amax(-1, keepdim=True)).double().exp() < min_p, -torch.inf)
-    return scores
-
-
-def uniform(seed: int, t: int) -> float:
-    """Number t of the stream of `seed`, uniform in (0, 1).
-
-    splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
-    on what else is in the batch. Any int is a seed, modulo 2^64.
-
-    >>> [round(uniform(seed, t), 4) for seed in (0, 1) for t in (0, 1)]
-    [0.8833, 0.4315, 0.7497, 0.3724]
-    """
-    bits = _mix(_mix(seed) + (t + 1) * 0x9E3779B97F4A7C15)
-    return ((bits >> 16) + 0.5) * 2.0**-48
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64."""
-    x &= 0xFFFFFFFFFFFFFFFF
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -564,6 +540,11 @@ class _Segment:
             segment = segment.parent
         return (segment, length - segment.base) if segment else (None, 0)
 
+    def spans(self) -> list[int]:
+        """From the root to here, where the keys of each segment lie: four numbers as `tree_attention` takes them."""
+        above = self.parent.spans() if self.parent else []
+        return [*above, self.base, *self.slab.address(self.slot)]
+
     def take_back_one(self) -> None:
         """An empty segment takes the last token of its parent, to be computed again: its hidden state is not known."""
         self.base -= 1
@@ -601,7 +582,13 @@ class _Batch:
         for i, draft in enumerate(drafts):
             params = draft.params
             groups[params.temperature, params.top_p, params.top_k, params.min_p].append(i)
-        self.groups = [(drafts[members[0]].params, members) for members in groups.values()]
+        self.groups = list(groups.items())
+
+    def in_step(self) -> bool:
+        """Whether a `_Window` can draw: no top-p, which the host must look at, and every row waits for the one token
+        that it has drawn."""
+        return self.groups[0][0][1] == 1 and len(self.groups) == 1 and all(
+            leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
 
 
 @dataclass(eq=False)
@@ -860,70 +847,54 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
 AttentionInterface.register(ATTENTION, _tree_attention)
 
 
-class _LlamaBlocks:
-    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
-    small model is the module tree around its matrix products. Used where the parts are there under their usual names
-    and the logits agree with the model's own (Sampler._check_model); everything else takes transformers' forward.
+class _Window:
+    """STEPS decode steps of R rows that the host only starts: forward, draw, store. What differs from step to step and
+    from tree to tree lies in tensors of fixed address, so that a step can be one CUDA graph; the host looks at what was
+    drawn after the last step, and forgets what a row drew beyond its end. Rows that are not used write to `idle`.
     """
 
-    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
+    STEPS = 4  # more would keep a program waiting whose rows have ended
 
-    def __init__(self, decoder: torch.nn.Module, config: Any):
-        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
-        self.layers = []
-        for layer in decoder.layers:
-            attn, mlp = layer.self_attn, layer.mlp
-            norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
-                raise AttributeError("a projection is not a plain linear layer")
-            weights = [(module.weight, module.bias) for module in linear]
-            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
-        self.kv_heads = config.num_key_value_heads
-        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
-        self.eps = decoder.norm.variance_epsilon
-        self.cos = self.sin = None  # [positions, 1, D]
+    def __init__(self, sampler: Sampler, rows: int, depth: int, distribution: tuple):
+        self.blocks, self.head, self.softcap = sampler._blocks, sampler._head, sampler._softcap
+        self.distribution, self.reach, arena = distribution, sampler.max_positions, sampler._arena
+        self.idle = torch.zeros(self.STEPS * arena.head_size, dtype=arena.dtype, device=arena.device)
+        self.state = torch.zeros(rows * (2 + 4 * depth), dtype=torch.int64, device=arena.device)
+        self.input_ids, self.positions, spans = self.state.split([rows, rows, 4 * rows * depth])
+        self.spans = spans.view(rows, depth, 4)
+        self.spans[:, :, 1] = self.idle.data_ptr()
+        self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
+        self.u = torch.zeros(self.STEPS, rows, dtype=torch.float64, device=arena.device)
+        self.ids, self.logps = self.u.long(), self.u.float()
+        self.run = captured(self.step, sampler.graphs == "compiled")
 
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> _LlamaBlocks | None:
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") not in cls.STATIC_ROPE:
-            return None
-        try:
-            return cls(model.base_model, model.config)
-        except AttributeError:
-            return None
+    def step(self) -> None:
+        hidden, u = self.blocks.forward(self), self.u.index_select(0, self.step_number)[0]  # [R, E], [R]
+        ids, logps = draw_tokens(self.head(hidden), u, *self.distribution, self.softcap)
+        self.ids.index_copy_(0, self.step_number, ids[None])
+        self.logps.index_copy_(0, self.step_number, logps[None])
+        self.input_ids.copy_(ids)
+        self.positions.add_(1)
+        self.step_number.add_(1)
 
-    def forward(self, tree: _Forward) -> Tensor:
-        """Hidden states after the last norm, [N, E]."""
-        x = self.embed(tree.input_ids)  # [N, E]
-        cos, sin = self._angles(tree, x)  # [N, 1, D]
-        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
-            h = self._rms(norms[0], x)
-            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
-            turned = both[:, : -self.kv_heads]  # queries and keys
-            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
-                if norm is not None:
-                    part.copy_(self._rms(norm, part))
-            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
-            torch.addcmul(turned * cos, turned.roll(self.head_size // 2, -1), sin, out=turned)
-            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
-            x = x + F.linear(tree.attend(i, query, kv, scale).flatten(1), *o)
-            h = self._rms(norms[1], x)
-            x = x + F.linear(act(F.linear(h, *gate)).mul_(F.linear(h, *up)), *down)
-        return self._rms(self.norm, x)
+    def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
+        return tree_attention(query, kv, self.spans, self.positions, layer, scale)
 
-    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
-
-    def _angles(self, tree: _Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cos is None or len(self.cos) < tree.reach:
-            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
-            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
-            half = sin.shape[-1] // 2
-            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
+    def draw(self, drafts: list[_Draft], spans: list[list[int]], steps: int) -> Iterable[tuple[list, list]]:
+        """The tokens and log-probs of every step."""
+        rows, depth, _ = self.spans.shape
+        idle, beyond, nowhere = [0] * (rows - len(drafts)), [2**62, 0, 0, 0], [0, self.idle.data_ptr(), 0, 0]
+        state = [draft.leaf.ids[-1] for draft in drafts] + idle + [draft.leaf.length - 1 for draft in drafts] + idle
+        for row in spans:
+            state += row + beyond * (depth - len(row) // 4)
+        u = [[uniform(draft.seed, len(draft.ids) + t) for draft in drafts] for t in range(steps)]
+        self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)))
+        self.u[:steps, : len(drafts)] = torch.tensor(u, dtype=torch.float64)
+        self.step_number.zero_()
+        for _ in range(steps):
+            self.run()
+        drawn = (values[:steps, : len(drafts)].tolist() for values in (self.ids, self.logps))
+        return zip(*drawn, strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -946,6 +917,12 @@ class _Slab:
         self.slots = self.kv.shape[2]
         self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]  # keys and values, [slots * J, capacity, D]
         self.flat = [layer.flatten(0, 3) for layer in self.kv]  # [2 * slots * J * capacity, D]
+
+    def address(self, slot: int) -> tuple[int, int, int]:
+        """Of a slot's first key; from there to the next head's, and to its value: in bytes."""
+        size = self.kv.element_size()
+        to_value, to_slot, to_head = (size * stride for stride in self.kv.stride()[1:4])
+        return self.kv.data_ptr() + slot * to_slot, to_head, to_value
 
 
 class _Arena:
@@ -971,7 +948,7 @@ class _Arena:
         wanted: dict[int, list[_Segment]] = defaultdict(list)
         for segment, length in wishes:
             if segment.slab is None or segment.slab.capacity < length:
-                wanted[_capacity(length)].append(segment)
+                wanted[_round_up(length, 16, 256)].append(segment)
         self._check_budget(wanted)
         for capacity, movers in wanted.items():
             moves = []
@@ -1041,9 +1018,9 @@ class _Arena:
             )
 
 
-def _capacity(length: int) -> int:
-    """Tokens that a slot for `length` tokens holds: 16, 32, 64, 128, 256, then multiples of 256."""
-    return max(16, 1 << (length - 1).bit_length()) if length <= 256 else -(-length // 256) * 256
+def _round_up(count: int, least: int, step: int) -> int:
+    """To a power of two from `least` to `step`, or to a multiple of `step`."""
+    return max(least, 1 << (count - 1).bit_length()) if count <= step else -(-count // step) * step
 
 
 # ---------------------------------------------------------------------------------------------------- the model

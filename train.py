@@ -184,6 +184,8 @@ class Config:
     """sequences decoded at once; more wait their turn"""
     cache_gb: float | None = None
     """memory budget of the sampler's keys and values, in GB; what does not fit waits"""
+    graphs: Literal["off", "on", "compiled"] = "off"
+    """decode with CUDA graphs, four tokens at a time; compiled: through torch.compile first. Not yet run on a GPU"""
     sample_every: int = 10
     """steps between the decoded samples in samples.jsonl"""
     gradient_checkpointing: bool = False
@@ -272,6 +274,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
          "different problems are not comparable: use --baseline chain --rarity 0"),
         (config.tiny_width // max(1, config.tiny_width // 32) % 2, f"--tiny_width {config.tiny_width}: must be a "
          "multiple of 32, or even and below"),
+        (config.graphs != "off" and not (torch.cuda.is_available() and config.device != "cpu"),
+         f"--graphs {config.graphs}: needs a GPU; use --graphs off"),
         (alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"),
     ):  # fmt: skip
         if wrong:
@@ -640,7 +644,7 @@ class RunFolder:
             reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{folder} is damaged ({reason}): remove it to resume from the one before it") from None
         now = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        free = "resume output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device".split()
+        free = "resume output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb graphs device".split()
         differ = [name for name in now if name not in free and now[name] != saved.get(name)]
         if differ:
             what = ", ".join(f"{name} {saved.get(name)!r} -> {now[name]!r}" for name in differ)
@@ -712,8 +716,8 @@ class Run:
         self.chat = policy.chat()
         # On a GPU the weights are fp32 and rollouts run on a bf16 copy of them; on a CPU on the weights themselves.
         self.actor = policy.model if ranks.device.type == "cpu" else copy.deepcopy(policy.model).bfloat16()
-        memory = dict(max_rows=config.max_rows, memory_gb=config.cache_gb)
-        self.sampler = Sampler(self.actor, policy.stop_ids, decode=self.chat.decode, **memory)
+        limits = dict(max_rows=config.max_rows, memory_gb=config.cache_gb, graphs=config.graphs)
+        self.sampler = Sampler(self.actor, policy.stop_ids, decode=self.chat.decode, **limits)
         self.explorer = sesa.Explorer(self.sampler, task, self.chat, policy.prompts)
         given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
         self.limits = {kind: limit or policy.limits[kind] for kind, limit in given.items()}

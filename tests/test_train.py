@@ -709,6 +709,7 @@ def test_a_short_warm_start_beats_the_random_policy(tmp_path):
         ("--task countdown --method grpo --sketches placebo", "--sketches placebo: there is no Stage I to vary"),
         ("--tiny_width 33", "--tiny_width 33: must be a multiple of 32"),
         ("--cache_gb inf", "--cache_gb inf: must be above 0"),
+        ("--graphs on --device cpu", "--graphs on: needs a GPU"),
         ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --max_new_tokens"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
