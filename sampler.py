@@ -144,7 +144,7 @@ class Sampler:
         self.graphs, self._windows = graphs, {}
         if graphs not in ("off", "on", "compiled"):
             raise ValueError(f"graphs={graphs!r}: must be off, on or compiled")
-        aligned = self._arena.head_size * self._arena.dtype.itemsize % 16 == 0
+        aligned = self._arena.head_size * self._arena.dtype.itemsize % 16 == 0  # as tree_attention wants it
         if graphs != "off" and not (aligned and self._blocks and triton_runs(model.device)):
             raise ValueError(
                 f"graphs={graphs!r} needs a GPU, Triton and a model like Llama, Qwen2 or Qwen3 whose heads have a "
@@ -866,6 +866,7 @@ class _Window:
         self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
         self.u = torch.zeros(self.STEPS, rows, dtype=torch.float64, device=arena.device)
         self.ids, self.logps = self.u.long(), self.u.float()
+        self.step()  # makes the tables of angles, which are to be constants
         self.run = captured(self.step, sampler.graphs == "compiled")
 
     def step(self) -> None:

@@ -3,12 +3,16 @@
     python benchmarks/sampler.py                                   # the tiny policy, a minute
     python benchmarks/sampler.py --model FOLDER                    # a real one, such as SmolLM2-135M
     python benchmarks/sampler.py --growth                          # how cost grows with K, prompt length and M
+    python benchmarks/sampler.py --model qwen --dtype bfloat16 --schedule.problems 64 --methods ours graphs compiled \
+        reprefill                                                  # for a GPU; not run yet
 
 Schedule: P problems; K sketches of `sketch` tokens, each after all earlier ones and a separator; then for each sketch
 M solutions of `solution` tokens, after the prompt and that sketch. Nothing stops early: every method samples as many
 tokens.
 
   ours        sampler.py: the prompt once, a history never again, forks share; all problems in one running batch
+  graphs      the same with Sampler(graphs="on"), on a GPU: several tokens at a time as CUDA graphs
+  compiled    the same through torch.compile
   reprefill   `generate` on the whole context of every sketch and solution (its own cache within a call)
   kept cache  `generate` with past_key_values carried from sketch to sketch, the prompt's repeated for the solutions
   batch       `generate_batch`: continuous batching over a paged cache with prefix sharing
@@ -21,6 +25,7 @@ resident set during a method.
 """
 
 import copy
+import functools
 import json
 import sys
 import threading
@@ -42,6 +47,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
 )
 
 from sampler import Sampler, SamplingParams, Stats
@@ -77,7 +83,7 @@ class Schedule:
 class Options:
     schedule: Schedule
     model: str = "tiny"
-    """`tiny` (0.8 M parameters, random), or a folder or hub id of a causal LM"""
+    """`tiny` (0.8 M parameters, random), `qwen` (random, of the shape of Qwen2.5-1.5B), a folder or a hub id"""
     dtype: str = "float32"
     """of the weights"""
     methods: tuple[str, ...] = ("ours", "reprefill", "kept cache", "batch")
@@ -98,6 +104,10 @@ def load(options: Options):
         shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4)
         config = LlamaConfig(**shape, vocab_size=3400, max_position_embeddings=4096, tie_word_embeddings=True)
         model = LlamaForCausalLM(config).to(getattr(torch, options.dtype))
+    elif options.model == "qwen":
+        shape = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+        config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     model.generation_config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
@@ -290,9 +300,12 @@ class PeakMemory:
 
 def measure(model, s: Schedule, options: Options, methods: tuple[str, ...], rates: tuple[float, float]) -> dict:
     """Best seconds of each method, the methods taking turns."""
-    sampler, prompts = Sampler(model, [], max_rows=4096), s.prompts(model.config.vocab_size)
-    calls = {
-        "ours": lambda: ours(sampler, s, prompts),
+    prompts = s.prompts(model.config.vocab_size)
+    ways = {name: way for name, way in dict(ours="off", graphs="on", compiled="compiled").items() if name in methods}
+    samplers = {name: Sampler(model, [], max_rows=4096, graphs=way) for name, way in ways.items()}
+    for name in samplers.keys() - {"ours"}:
+        ours(samplers[name], s, prompts)  # captures and compiles
+    calls = {name: functools.partial(ours, sampler, s, prompts) for name, sampler in samplers.items()} | {
         "reprefill": lambda: reprefill(model, s, prompts),
         "kept cache": lambda: kept_cache(model, s, prompts),
         "batch": lambda: generate_batch(model, s, prompts),
