@@ -940,7 +940,7 @@ class _Arena:
         self.group = config.num_attention_heads // self.kv_heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.budget = None if memory_gb is None else int(memory_gb * 1e9)
-        self.bytes = 0
+        self.bytes, self.spare = 0, math.inf  # allocated; what may be taken beyond what is asked for
         self.slabs: dict[int, list[_Slab]] = defaultdict(list)
         self.made = 0
 
@@ -990,8 +990,9 @@ class _Arena:
         if count:
             so_far = sum(slab.slots for slab in self.slabs[capacity])
             slots = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
-            if self.budget is not None and self.bytes + slots * self._slot_bytes(capacity) > self.budget / 2:
+            if (slots - count) * self._slot_bytes(capacity) > self.spare:
                 slots = count
+            self.spare -= (slots - count) * self._slot_bytes(capacity)
             shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
             # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
             kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -1017,6 +1018,7 @@ class _Arena:
                 f"memory budget of {self.budget / 1e9:.3g} GB is too small: {self.bytes / 1e9:.3g} GB hold keys and "
                 f"values and one more row needs {more / 1e9:.3g} GB; raise memory_gb or release rows"
             )
+        self.spare = self.budget / 2 - self.bytes - more
 
 
 def _round_up(count: int, least: int, step: int) -> int:
