@@ -320,9 +320,15 @@ class Explorer:
         prompts = len(self.direct_prompt(problem)), len(self.solve_prompt(problem, [])) + sketch
         return max(chain, max(prompts) + episode)
 
-    def check_lengths(self, problems: Sequence[Problem], plan: Plan) -> None:
-        """ValueError for a problem whose conversations do not fit the model; of endless problems the first ones."""
+    def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
+        """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
+        problems the first ones are looked at."""
         for i in range(len(problems) if len(problems) <= 20_000 else 100):
+            if self.chat.tokenizer.unk_token_id in self.chat.encode(problems[i].text):
+                raise ValueError(
+                    f"problem {problems[i].text[:40]!r} has words that the model has no tokens for: it is a policy of "
+                    "another task, or its words are not in task.words; use another --model"
+                )
             if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
                 raise ValueError(
                     f"problem {problems[i].text[:40]!r} takes up to {need} tokens with sketches or solution, the model "

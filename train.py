@@ -1011,7 +1011,7 @@ def main(config: Config) -> None:
         folder = RunFolder(config, ranks)
         state = folder.open()
         run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
-        run.explorer.check_lengths(task.problems("train", config.seed), run.plan(config.temperature))
+        run.explorer.check_problems(task.problems("train", config.seed), run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
             began, base = time.perf_counter(), run.evaluate()
             state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)

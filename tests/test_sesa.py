@@ -223,6 +223,17 @@ def test_without_a_template_texts_are_lines():
     assert Chat(byte_tokenizer(None), []).opening("What?") == list(chat.encode("What?\n"))
 
 
+def test_problems_that_the_model_cannot_read_or_hold_are_refused():
+    explorer = make_explorer()
+    explorer.chat.tokenizer.unk_token = "<unk>"
+    problems = [Problem(0, "one two", 1), Problem(1, "one dragon", 1)]
+    explorer.check_problems(problems[:1], PLAN)
+    with pytest.raises(ValueError, match="'one dragon' has words that the model has no tokens for.*another --model"):
+        explorer.check_problems(problems, PLAN)
+    with pytest.raises(ValueError, match="positions: shorten it"):
+        explorer.check_problems([Problem(0, "one " * explorer.sampler.max_positions, 1)], PLAN)
+
+
 @pytest.mark.parametrize("shown", ["", "{{ m.content }} {{ m.content }}<|im_end|>"])
 def test_a_template_that_does_not_show_an_earlier_answer_once_is_refused(shown):
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + shown
