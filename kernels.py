@@ -1,4 +1,5 @@
-"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states: plain torch and Triton.
+"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states, and a decode step: plain
+torch and Triton.
 
 The [N, V] logits are where RL of language models runs out of memory and time. A loss needs four numbers per token, so
 four numbers per token are what this file returns; ratios, clipping, k1/k3 and advantages stay in torch on [N].
@@ -18,6 +19,9 @@ pass (online softmax) the maxima grow to m', n': with a = exp(m - m'), dm = m - 
 which also merges the parts of a row. Backward: whatever the loss, its gradient is affine in z and D row by row,
     dt_j = p_j [ -g_logp - g_H (z_j - <z>) + g_KL (D_j - <D>) ] + g_logp 1{j = y}           dx_j = dt_j * dt_j/dx_j
 so one elementwise kernel and five saved numbers per row (m, s, <z>, n, <D>) serve every loss.
+
+The last third is what one decode step of the sampler is made of: the decoder written out, the draw of a token, and for
+GPUs attention to a tree of cached tokens and the capture of a step as a CUDA graph.
 """
 
 from __future__ import annotations

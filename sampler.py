@@ -6,8 +6,9 @@ leaves below a row and copies nothing, so a prompt forked 64 ways is one prompt 
 (no padding between rows). `run` lets many programs share one running batch: a row that has finished leaves at once,
 and the next request of its program joins the rows that are still being decoded.
 
-Reading order: Sampler.sample -> run (the loop) -> _compute (which tokens need a forward) -> _Forward (one forward:
-where keys are written, what each token attends to) -> _Piece (one batched attention) -> _Arena (memory).
+Reading order: Sampler.sample -> run (the loop) -> _advance (draw a token of every row) -> _compute (which tokens need a
+forward) -> _Forward (one forward: where keys are written, what each token attends to) -> _Piece (one batched attention)
+-> _Arena (memory). On a GPU, if asked to, _Window does what _compute and the draw do, several tokens at a time.
 
 Legend: N tokens of a forward, R rows, H query heads, J key heads, G = H / J query heads per key head, D head size,
 F segments of a piece, M queries per segment, L keys per segment, V vocabulary, E width.
