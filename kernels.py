@@ -827,25 +827,33 @@ def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 
     return scores
 
 
-def uniform(seed: int, t: int) -> float:
-    """Number t of the stream of `seed`, uniform in (0, 1).
+def stream(seed: int) -> int:
+    """The stream of random numbers of `seed`, any int modulo 2^64."""
+    return _mix(seed, 2**64 - 1)
+
+
+def uniform(stream: int | Tensor, t: int | Tensor) -> float | Tensor:
+    """Number t of a stream, uniform in (0, 1): a float for ints, fp64 for int64 tensors (of streams modulo 2^64).
 
     splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
-    on what else is in the batch. Any int is a seed, modulo 2^64.
+    on what else is in the batch.
 
-    >>> [round(uniform(seed, t), 4) for seed in (0, 1) for t in (0, 1)]
+    >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
     [0.8833, 0.4315, 0.7497, 0.3724]
+    >>> uniform(torch.tensor([stream(0)]), torch.tensor([1]))
+    tensor([0.4315], dtype=torch.float64)
     """
-    bits = _mix(_mix(seed) + (t + 1) * 0x9E3779B97F4A7C15)
-    return ((bits >> 16) + 0.5) * 2.0**-48
+    on_device = isinstance(stream, Tensor)
+    bits = _mix(stream - (t + 1) * 0x61C8864680B583EB, -1 if on_device else 2**64 - 1) >> 16 & (1 << 48) - 1
+    return ((bits.double() if on_device else bits) + 0.5) * 2.0**-48
 
 
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64."""
-    x &= 0xFFFFFFFFFFFFFFFF
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return x ^ (x >> 31)
+def _mix(x, ones):
+    """The finaliser of splitmix64: constants modulo 2^64, logical shifts; int64 wraps around by itself (ones = -1)."""
+    x = x & ones
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47 & ones
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15 & ones
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
 # ---------------------------------------------------------------------- a decode step: attention to a tree, in Triton
@@ -957,12 +965,12 @@ def captured(step: Callable[[], None], compiled: bool = False) -> Callable[[], N
         step = torch.compile(step, dynamic=False)
     if not torch.cuda.is_available():
         return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
         for _ in range(2):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_graph_memory(), capture_error_mode="thread_local"):
         step()

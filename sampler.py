@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kernels import LlamaBlocks, captured, draw_tokens, scaled_logits, tree_attention, triton_runs, uniform
+from kernels import LlamaBlocks, captured, draw_tokens, scaled_logits, stream, tree_attention, triton_runs, uniform
 
 ATTENTION = "sesa_tree"  # our name in transformers' public registry of attention functions
 
@@ -280,7 +280,7 @@ class Sampler:
             if params.stop and self.decode is None:
                 raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
             for row, seed in zip(rows, seeds, strict=True):
-                job.drafts.append(_Draft(job, self._leaf(row), params, int(seed)))
+                job.drafts.append(_Draft(job, self._leaf(row), params, stream(int(seed))))
                 self._check_length(row, params)
                 job.drafts[-1].leaf.busy = True
             completions = []
@@ -295,7 +295,7 @@ class Sampler:
         for distribution, members in active.groups:
             drafts = [active.drafts[i] for i in members]
             states = hidden if len(active.groups) == 1 else hidden[members]
-            u = torch.tensor([uniform(d.seed, len(d.ids)) for d in drafts], dtype=torch.float64, device=states.device)
+            u = torch.tensor([uniform(d.stream, len(d.ids)) for d in drafts], dtype=torch.float64, device=states.device)
             tokens, logps = draw_tokens(self._head(states), u, *distribution, self._softcap)
             done += self._accept(drafts, tokens.tolist(), logps.tolist())
         self.stats.decode_steps += 1
@@ -599,7 +599,7 @@ class _Draft:
     job: _Job
     leaf: _Segment
     params: SamplingParams
-    seed: int
+    stream: int
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
@@ -860,24 +860,24 @@ class _Window:
         self.blocks, self.head, self.softcap = sampler._blocks, sampler._head, sampler._softcap
         self.distribution, self.reach, arena = distribution, sampler.max_positions, sampler._arena
         self.idle = torch.zeros(self.STEPS * arena.head_size, dtype=arena.dtype, device=arena.device)
-        self.state = torch.zeros(rows * (2 + 4 * depth), dtype=torch.int64, device=arena.device)
-        self.input_ids, self.positions, spans = self.state.split([rows, rows, 4 * rows * depth])
-        self.spans = spans.view(rows, depth, 4)
+        self.state = torch.zeros(4 + 4 * depth, rows, dtype=torch.int64, device=arena.device)
+        self.input_ids, self.positions, self.streams, self.counts = self.state[:4]
+        self.spans = self.state[4:].view(rows, depth, 4)
         self.spans[:, :, 1] = self.idle.data_ptr()
         self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
-        self.u = torch.zeros(self.STEPS, rows, dtype=torch.float64, device=arena.device)
-        self.ids, self.logps = self.u.long(), self.u.float()
+        self.ids = torch.zeros(self.STEPS, rows, dtype=torch.int64, device=arena.device)
+        self.logps = self.ids.float()
         self.step()  # makes the tables of angles, which are to be constants
         self.run = captured(self.step, sampler.graphs == "compiled")
 
     def step(self) -> None:
-        hidden, u = self.blocks.forward(self), self.u.index_select(0, self.step_number)[0]  # [R, E], [R]
-        ids, logps = draw_tokens(self.head(hidden), u, *self.distribution, self.softcap)
+        logits, u = self.head(self.blocks.forward(self)), uniform(self.streams, self.counts)  # [R, V], [R]
+        ids, logps = draw_tokens(logits, u, *self.distribution, self.softcap)
         self.ids.index_copy_(0, self.step_number, ids[None])
         self.logps.index_copy_(0, self.step_number, logps[None])
         self.input_ids.copy_(ids)
-        self.positions.add_(1)
-        self.step_number.add_(1)
+        for count in (self.positions, self.counts, self.step_number):
+            count.add_(1)
 
     def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
         return tree_attention(query, kv, self.spans, self.positions, layer, scale)
@@ -886,12 +886,12 @@ class _Window:
         """The tokens and log-probs of every step."""
         rows, depth, _ = self.spans.shape
         idle, beyond, nowhere = [0] * (rows - len(drafts)), [2**62, 0, 0, 0], [0, self.idle.data_ptr(), 0, 0]
+        streams = [(draft.stream + 2**63) % 2**64 - 2**63 for draft in drafts]  # as int64
         state = [draft.leaf.ids[-1] for draft in drafts] + idle + [draft.leaf.length - 1 for draft in drafts] + idle
+        state += streams + idle + [len(draft.ids) for draft in drafts] + idle
         for row in spans:
             state += row + beyond * (depth - len(row) // 4)
-        u = [[uniform(draft.seed, len(draft.ids) + t) for draft in drafts] for t in range(steps)]
-        self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)))
-        self.u[:steps, : len(drafts)] = torch.tensor(u, dtype=torch.float64)
+        self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)).view_as(self.state))
         self.step_number.zero_()
         for _ in range(steps):
             self.run()
@@ -919,12 +919,12 @@ class _Slab:
         self.slots = self.kv.shape[2]
         self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]  # keys and values, [slots * J, capacity, D]
         self.flat = [layer.flatten(0, 3) for layer in self.kv]  # [2 * slots * J * capacity, D]
+        self.begin, self.bytes = self.kv.data_ptr(), [self.kv.element_size() * n for n in self.kv.stride()[1:4]]
 
     def address(self, slot: int) -> tuple[int, int, int]:
         """Of a slot's first key; from there to the next head's, and to its value: in bytes."""
-        size = self.kv.element_size()
-        to_value, to_slot, to_head = (size * stride for stride in self.kv.stride()[1:4])
-        return self.kv.data_ptr() + slot * to_slot, to_head, to_value
+        to_value, to_slot, to_head = self.bytes
+        return self.begin + slot * to_slot, to_head, to_value
 
 
 class _Arena:

@@ -38,7 +38,7 @@ from transformers import (
 
 import kernels
 import sampler as sampler_module
-from kernels import draw_tokens, token_stats, truncate, uniform
+from kernels import draw_tokens, stream, token_stats, truncate, uniform
 from sampler import Sampler, SamplingParams, Stats
 
 VOCAB, STOP = 97, 7
@@ -154,7 +154,7 @@ def test_token_t_is_where_the_running_probability_passes_number_t_of_the_seed(mo
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
         running = (logits / 1.4).double().softmax(-1).cumsum(-1)  # [100, V]
-        numbers = torch.tensor([[uniform(seed, t)] for t in range(100)], dtype=torch.float64)
+        numbers = torch.tensor([[uniform(stream(seed), t)] for t in range(100)], dtype=torch.float64)
         assert completion.ids == (running < numbers).sum(-1).tolist()
 
 
@@ -344,10 +344,9 @@ def test_a_step_compiles_whole(model, monkeypatch):
             for graphs in ("on", "compiled")
         )
         for window in (plain, compiled):
-            window.u.fill_(0.7)
             window.run()
             window.run()
-    assert torch.equal(plain.ids, compiled.ids) and plain.positions.tolist() == compiled.positions.tolist() == [2] * 4
+    assert torch.equal(plain.ids, compiled.ids) and plain.positions.tolist() == compiled.positions.tolist() == [3] * 4
     torch.testing.assert_close(plain.logps, compiled.logps)
 
 
@@ -565,9 +564,14 @@ def test_uniforms_are_splitmix64_and_uniform():
     for seed in seeds:
         for t in (0, 1, 2, 10**6):
             bits = mix((mix(seed % 2**64) + (t + 1) * 0x9E3779B97F4A7C15) % 2**64)
-            assert uniform(seed, t) == ((bits >> 16) + 0.5) / 2**48
-    assert uniform(-1, 10**6) == uniform(2**64 - 1, 10**6)  # seeds are taken modulo 2^64
-    many = torch.tensor([[uniform(seed, t) for t in range(100)] for seed in range(1000)])
+            assert uniform(stream(seed), t) == ((bits >> 16) + 0.5) / 2**48
+    assert stream(-1) == stream(2**64 - 1)  # seeds are taken modulo 2^64
+    streams = [stream(seed) for seed in seeds]
+    signed = torch.tensor([(bits + 2**63) % 2**64 - 2**63 for bits in streams])
+    assert signed.min() < 0 < signed.max()
+    for t in (0, 1, 10**6):
+        assert uniform(signed, torch.full_like(signed, t)).tolist() == [uniform(bits, t) for bits in streams]
+    many = torch.tensor([[uniform(stream(seed), t) for t in range(100)] for seed in range(1000)])
     counts = torch.histc(many.flatten(), 50, 0, 1).double()
     assert p_value(counts, torch.full((50,), 1 / 50, dtype=torch.float64)) > 1e-4
 
