@@ -106,6 +106,8 @@ class Sampler:
     graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between; "compiled" passes what
         is captured through torch.compile first (a minute for every number of rows). Both are for GPUs and Llama-like
         models, and have not run on a GPU yet. They draw what "off" draws; top-p always takes the way of "off".
+    ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores),
+    and for one that graphs do not take.
 
     >>> _ = torch.manual_seed(0)
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -119,8 +121,6 @@ class Sampler:
     >>> [third] = sampler.sample([prompt], SamplingParams(max_new_tokens=3), seeds=[0])
     >>> third.ids == first.ids, sampler.length(prompt)
     (True, 7)
-
- a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores).
     """
 
     def __init__(
@@ -302,6 +302,7 @@ class Sampler:
         return done
 
     def _draw_window(self, active: _Batch) -> list[_Draft]:
+        """`_advance` by several tokens at once. The last one is left to be computed, as always."""
         drafts, leaves, before = active.drafts, active.leaves, self.stats.generated_tokens
         steps = min(_Window.STEPS, *(draft.params.max_new_tokens - len(draft.ids) for draft in drafts))
         self._arena.reserve([(leaf, len(leaf.ids) + steps - 1) for leaf in leaves])
