@@ -949,21 +949,26 @@ def tree_attention(query: Tensor, kv: Tensor, spans: Tensor, positions: Tensor, 
     splits = triton.next_power_of_2(max(1, min(16, TREE_PROGRAMS // (rows * kv_heads))))
     parts = torch.empty(rows, heads, splits, d, device=query.device)
     peaks, masses = torch.empty(2, rows, heads, splits, device=query.device)
-    widths = max(16, triton.next_power_of_2(group)), triton.next_power_of_2(d), 256 // query.element_size() ** 2
+    padded = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(d))  # as tl.dot wants them
+    block = 16 if query.element_size() == 4 else 64  # what fits into the registers
     _tree_kernel[rows, kv_heads, splits](
-        query, kv, spans, positions, parts, peaks, masses, query.stride(0), kv.stride(0), layer,
-        scale / math.log(2), group, d, spans.shape[1], splits, *widths, num_warps=4, num_stages=2)
+        query, kv, spans, positions, parts, peaks, masses, query.stride(0), kv.stride(0), layer, scale / math.log(2),
+        group, d, spans.shape[1], splits, *padded, block, num_warps=4, num_stages=2)
     weights = torch.exp2(peaks - peaks.amax(-1, keepdim=True))  # [R, H, splits]
     weights = weights / (weights * masses).sum(-1, keepdim=True)
     return (weights[:, :, None] @ parts)[:, :, 0].to(query.dtype)
 
 
-def captured(step: Callable[[], None], compiled: bool = False) -> Callable[[], None]:
+def captured(step: Callable[[], None], pool, compiled: bool = False) -> Callable[[], None]:
     """`step`, which reads and writes fixed tensors, as one launch: recorded as a CUDA graph, after torch.compile if
-    `compiled`. It is run twice for that. Without a GPU, `step` itself."""
+    `compiled`. It is run twice for that. pool: where the graph has its memory, `torch.cuda.graph_pool_handle()`; graphs
+    that never run at the same time can share one, and some of them must live as long as new ones are recorded. Without
+    a pool (on a CPU) nothing is recorded.
+    """
     if compiled:
+        torch._dynamo.config.recompile_limit = 256  # Dynamo gives up on a function after 8 shapes
         step = torch.compile(step, dynamic=False)
-    if not torch.cuda.is_available():
+    if pool is None:
         return step
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -972,12 +977,6 @@ def captured(step: Callable[[], None], compiled: bool = False) -> Callable[[], N
             step()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_memory(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
     return graph.replay
-
-
-@functools.cache
-def _graph_memory():
-    """One pool for all graphs: they never run at the same time, and keep nothing between runs."""
-    return torch.cuda.graph_pool_handle()

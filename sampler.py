@@ -103,9 +103,10 @@ class Sampler:
     memory_gb: budget for keys and values; rows that do not fit wait, and are computed again when they come back.
     max_forward_tokens: longer prefills are cut into several forwards.
     share_from: a fork of fewer tokens than this copies them instead of sharing (one attention call less per layer).
-    graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between; "compiled" passes what
-        is captured through torch.compile first (a minute for every number of rows). Both are for GPUs and Llama-like
-        models, and have not run on a GPU yet. They draw what "off" draws; top-p always takes the way of "off".
+    graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between, where all rows are
+        decoded alike and without top-p; "compiled" passes what is captured through torch.compile first (a minute for
+        every number of rows). They draw what "off" draws, up to rounding, and take memory beside memory_gb: about that
+        of the logits four times. For GPUs and Llama-like models; neither has run on a GPU yet.
     ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores),
     and for one that graphs do not take.
 
@@ -130,27 +131,20 @@ class Sampler:
     ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
-        self.stop_ids, self.decode, self.max_rows = frozenset(stop_ids), decode, max_rows
+        self.stop_ids, self.decode, self.max_rows = frozenset(), decode, max_rows  # nothing stops the checks
         self.max_forward_tokens, self.share_from, self.stats = max_forward_tokens, share_from, Stats()
         self._twin = _make_twin(model)
         self._head, config = self._twin.get_output_embeddings(), self._twin.config
-        self._vocab = self._head.weight.shape[0]
-        self._softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+        self._vocab, self._softcap = len(self._head.weight), getattr(config, "final_logit_softcapping", None) or 0.0
         self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
         self._arena = _Arena(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
-        self._next_row = 0
         self._forward: _Forward | None = None  # the last forward, kept for as long as its rows decode in step
+        self._next_row, self.graphs, self._windows = 0, "off", {}
         self._check_model()
-        self.graphs, self._windows = graphs, {}
-        if graphs not in ("off", "on", "compiled"):
-            raise ValueError(f"graphs={graphs!r}: must be off, on or compiled")
-        aligned = self._arena.head_size * self._arena.dtype.itemsize % 16 == 0  # as tree_attention wants it
-        if graphs != "off" and not (aligned and self._blocks and triton_runs(model.device)):
-            raise ValueError(
-                f"graphs={graphs!r} needs a GPU, Triton and a model like Llama, Qwen2 or Qwen3 whose heads have a "
-                f"multiple of 16 bytes; this is {type(model).__name__} on {model.device}: use graphs='off'"
-            )
+        if graphs != "off":
+            self._check_graphs(graphs)
+        self.stop_ids = frozenset(stop_ids)
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -230,8 +224,7 @@ class Sampler:
         began, first_row = time.perf_counter(), self._next_row
         jobs = [_Job(program) for program in programs]
         waiting: deque[_Draft] = deque()
-        active = _Batch([])
-        room = self.max_rows
+        active, room = _Batch([]), self.max_rows
         try:
             for job in jobs:
                 waiting.extend(self._resume(job, None))
@@ -241,10 +234,10 @@ class Sampler:
                     active = _Batch(active.drafts + joining)
                 try:
                     done = self._advance(active)
-                except _NoRoom as error:
+                except _NoRoom:
                     if not self._evict_one(active.leaves):
                         if len(active.drafts) == 1:
-                            raise ValueError(str(error)) from None
+                            raise
                         waiting.appendleft(active.drafts[-1])
                         active = _Batch(active.drafts[:-1])
                         room = len(active.drafts)  # no new rows until one has finished
@@ -290,7 +283,10 @@ class Sampler:
     def _advance(self, active: _Batch) -> list[_Draft]:
         """Draw the next token of every row, or with graphs the next few; returns the rows that end."""
         if self.graphs != "off" and active.in_step():
-            return self._draw_window(active)
+            try:
+                return self._draw_window(active)
+            except _NoRoom:
+                pass  # one token may fit where several do not
         hidden, done = self._compute(active.leaves), []  # [R, E]
         for distribution, members in active.groups:
             drafts = [active.drafts[i] for i in members]
@@ -445,9 +441,8 @@ class Sampler:
 
     def _evict_one(self, running: list[_Segment]) -> bool:
         """Free what one row holds that is not running; its tokens are known and are computed again when needed."""
-        busy = set(map(id, running))
         for leaf in self._rows.values():
-            if leaf.slab and leaf.users == 1 and id(leaf) not in busy:
+            if leaf.slab and leaf.users == 1 and leaf not in running:
                 self._arena.free(leaf)
                 leaf.cached, leaf.hidden, self._forward = 0, None, None
                 self.stats.evictions += 1
@@ -491,6 +486,26 @@ class Sampler:
                 "the sampler supports full attention with rotary or learnt positions, and finite weights"
             )
         self.share_from, self.stats = share_from, Stats()
+
+    def _check_graphs(self, graphs: str) -> None:
+        """Refuse what graphs cannot do, and compare the first window with decoding token by token."""
+        device, size = self._arena.device, self._arena.dtype.itemsize
+        fits = self._blocks and size <= 4 and self._arena.head_size * size % 16 == 0
+        if graphs not in ("on", "compiled") or not (fits and triton_runs(device)):
+            raise ValueError(
+                f"graphs={graphs!r} on {device} for {type(self._twin).__name__}: must be off, or on or compiled with a "
+                "GPU, Triton, and a model like Llama, Qwen2 or Qwen3 whose heads have a multiple of 16 bytes"
+            )
+        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        third = []  # the log-prob of a third token, which is the first that comes from a window
+        for self.graphs in ("off", graphs):
+            rows = self.prefill([[i % self._vocab for i in range(11)]])
+            rows += self.fork(rows, 1)
+            third.append(self.sample(rows, SamplingParams(temperature=0, max_new_tokens=3), [0, 0])[1].logps[2])
+            self.release(rows)
+        if not (gap := abs(third[0] - third[1])) < (1e-3 if size == 4 else 0.1):
+            raise ValueError(f"graphs={graphs!r} gives log-probs that are off by {gap:.3g} here: use graphs='off'")
+        self.stats = Stats()
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -589,8 +604,8 @@ class _Batch:
     def in_step(self) -> bool:
         """Whether a `_Window` can draw: no top-p, which the host must look at, and every row waits for the one token
         that it has drawn."""
-        return self.groups[0][0][1] == 1 and len(self.groups) == 1 and all(
-            leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
+        alike = len(self.groups) == 1 and self.groups[0][0][1] == 1
+        return alike and all(leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
 
 
 @dataclass(eq=False)
@@ -649,7 +664,7 @@ class _Forward:
         self.levels: list[list[_Piece]] = [[] for _ in range(1 + max(level for level, *_ in pieces))]
         for (level, slab, _, fresh), entries in pieces.items():
             self.levels[level].append(_Piece(slab, entries, arena, level == 0, fresh))
-        self.input_ids, self.positions = self._tensor(tokens), self._tensor(positions)  # [N]
+        self.input_ids, self.positions = torch.tensor([tokens, positions], device=self.device)  # [N]
         self.reach = max(positions) + 1
         self.last = _index(last, arena.device)  # [R]
         one_each = len(tokens) == len(batch) and [segment for segment, _ in batch] == leaves
@@ -663,16 +678,13 @@ class _Forward:
         fresh = segment.cached == 0 and segment.parent is None and count > 1
         return segment.slab.number, _bucket(count), fresh, segment.slot
 
-    def _tensor(self, values) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
         if leaves != self.leaves or self.room == 0 or any(leaf.cached + 1 != len(leaf.ids) for leaf in leaves):
             return False
         self.room -= 1
         self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]
-        self.input_ids = self._tensor([leaves[i].ids[-1] for i in self.order])
+        self.input_ids = torch.tensor([leaves[i].ids[-1] for i in self.order], device=self.device)
         self.positions += 1
         self.reach += 1
         for piece in self.levels[0]:
@@ -840,8 +852,7 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
     """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
     unknown = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unknown:
-        found = ", ".join(unknown)
-        raise ValueError(f"{type(module).__name__} uses {found}: the sampler supports plain full attention")
+        raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
     query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
     return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
 
@@ -862,17 +873,18 @@ class _Window:
         self.distribution, self.reach, arena = distribution, sampler.max_positions, sampler._arena
         self.idle = torch.zeros(self.STEPS * arena.head_size, dtype=arena.dtype, device=arena.device)
         self.state = torch.zeros(4 + 4 * depth, rows, dtype=torch.int64, device=arena.device)
-        self.input_ids, self.positions, self.streams, self.counts = self.state[:4]
+        self.input_ids, self.positions, self.randoms, self.counts = self.state[:4]
         self.spans = self.state[4:].view(rows, depth, 4)
         self.spans[:, :, 1] = self.idle.data_ptr()
         self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
         self.ids = torch.zeros(self.STEPS, rows, dtype=torch.int64, device=arena.device)
         self.logps = self.ids.float()
-        self.step()  # makes the tables of angles, which are to be constants
-        self.run = captured(self.step, sampler.graphs == "compiled")
+        self.step()
+        self.angles = self.blocks.cos, self.blocks.sin  # made by now; a graph does not keep what it reads alive
+        self.run = captured(self.step, sampler._graph_pool, sampler.graphs == "compiled")
 
     def step(self) -> None:
-        logits, u = self.head(self.blocks.forward(self)), uniform(self.streams, self.counts)  # [R, V], [R]
+        logits, u = self.head(self.blocks.forward(self)), uniform(self.randoms, self.counts)  # [R, V], [R]
         ids, logps = draw_tokens(logits, u, *self.distribution, self.softcap)
         self.ids.index_copy_(0, self.step_number, ids[None])
         self.logps.index_copy_(0, self.step_number, logps[None])
@@ -887,9 +899,9 @@ class _Window:
         """The tokens and log-probs of every step."""
         rows, depth, _ = self.spans.shape
         idle, beyond, nowhere = [0] * (rows - len(drafts)), [2**62, 0, 0, 0], [0, self.idle.data_ptr(), 0, 0]
-        streams = [(draft.stream + 2**63) % 2**64 - 2**63 for draft in drafts]  # as int64
+        randoms = [(draft.stream + 2**63) % 2**64 - 2**63 for draft in drafts]  # as int64
         state = [draft.leaf.ids[-1] for draft in drafts] + idle + [draft.leaf.length - 1 for draft in drafts] + idle
-        state += streams + idle + [len(draft.ids) for draft in drafts] + idle
+        state += randoms + idle + [len(draft.ids) for draft in drafts] + idle
         for row in spans:
             state += row + beyond * (depth - len(row) // 4)
         self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)).view_as(self.state))
@@ -903,7 +915,7 @@ class _Window:
 # ---------------------------------------------------------------------------------------------------- memory
 
 
-class _NoRoom(Exception):
+class _NoRoom(ValueError):
     """The memory budget is full."""
 
 
@@ -1036,8 +1048,7 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        found = ", ".join(sorted(kinds))
-        raise ValueError(f"{type(model).__name__} has layers of type {found}: only full_attention is supported")
+        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be full")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no position_ids: rows of different lengths cannot be packed")
     if model.get_output_embeddings() is None:

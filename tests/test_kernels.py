@@ -828,10 +828,10 @@ def make_tree(rows, heads, kv_heads, d, dtype, seed=0, layers=3):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", pytest.param("bf16", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")])])
 @pytest.mark.parametrize("programs", [1, 12])
-@pytest.mark.parametrize("rows, heads, kv_heads, d", [(3, 4, 2, 32), (2, 3, 3, 24), (1, 6, 1, 64)])
+@pytest.mark.parametrize("rows, heads, kv_heads, d", [(3, 4, 2, 32), (2, 3, 3, 24), (1, 6, 1, 64), (1, 2, 2, 8)])
 @pytest.mark.skipif(kernels.triton is None, reason="no triton here")
 def test_tree_attention_equals_float64(rows, heads, kv_heads, d, programs, dtype, monkeypatch):
-    """One split and several; a group of one and of six heads; a head size that is no power of two."""
+    """One split and several; a group of one and of six heads; head sizes that are no power of two, and small."""
     monkeypatch.setattr(kernels, "TREE_PROGRAMS", programs)
     (query, kv, *where), slabs, lengths = make_tree(rows, heads, kv_heads, d, DTYPES[dtype])
     expected, layer = torch.empty(rows, heads, d, dtype=torch.float64), 2

@@ -109,11 +109,11 @@ def measure(arch: int, dtypes: list[str], softcaps: list[float]) -> list[dict]:
         constants = {"temperature": 0.7, "SPLITS": 64, "ROWS": 32} | ({} if ref else {"KL": None, "REF_LOGP": None})
         counts = compile_kernel(kernels._combine_kernel, {"TARGETS": "*i64"} | outputs, constants, arch, warps=4)
         rows.append({"kernel": "combine", "dtype": "fp32", "softcap": 0.0, "ref": ref} | counts)
-    for dtype, (d, group) in product({name.split(":")[0] for name in dtypes}, [(128, 6), (64, 3), (128, 1)]):
+    for dtype, (d, group) in product({name.split(":")[0] for name in dtypes}, [(128, 6), (64, 3), (8, 1)]):
         cache = dict.fromkeys(["QUERY", "KV"], f"*{dtype}") | dict.fromkeys(["SPANS", "POSITIONS"], "*i64")
         parts = dict.fromkeys(["PARTS", "PEAKS", "MASSES"], "*fp32")
         block = 16 if dtype == "fp32" else 64
-        constants = {"scale": 0.1, "GROUP": group, "D": d, "NUM_SPANS": 4, "SPLITS": 4, "HEADS": 16, "WIDTH": d}
+        constants = {"scale": 0.1, "GROUP": group, "D": d, "NUM_SPANS": 4, "SPLITS": 4, "HEADS": 16, "WIDTH": max(16, d)}
         counts = compile_kernel(kernels._tree_kernel, cache | parts, constants | {"BLOCK": block}, arch, 4, 2)
         rows.append({"kernel": "tree", "dtype": dtype, "d": d, "group": group} | counts)
     for row in rows:
@@ -180,7 +180,7 @@ def test_sm90_tree_attention_is_bound_by_memory(sm90):
     for row in (row for row in sm90 if row["kernel"] == "tree"):
         block, size = (16, 4) if row["dtype"] == "fp32" else (64, 2)
         assert row["wide_loads"] >= 2 * block * row["d"] * size // (128 * 16), row
-        assert 100 < row["loop"] < 1000, row
+        assert 50 < row["loop"] < 1000, row
 
 
 def test_sm80_compiles_within_its_registers():
