@@ -338,12 +338,27 @@ def test_windows_are_as_long_as_the_row_with_the_fewest_tokens_to_go(model, monk
 def test_a_window_gives_way_where_the_memory_is_too_small_for_it(model, textbook):
     """A row that ends within its budget must not fail for the tokens that a window would have drawn beyond its end."""
     prompt, token = [1 + i % 90 for i in range(61)], 2 * 2 * 2 * 12 * 4  # layers, keys and values, heads, size, bytes
+    params = SamplingParams(max_new_tokens=20)
+    [free] = fresh(model, [prompt], params, [0])
+    assert len(set(free.ids[:3])) == 3
     for graphs in ("off", "on"):
-        sampler = Sampler(model, [], memory_gb=80 * token / 1e9, graphs=graphs)
-        [completion] = sampler.sample(sampler.prefill([prompt]), SamplingParams(max_new_tokens=4), [0])
-        assert len(completion.ids) == 4 and sampler.cache_bytes == 64 * token
-        with pytest.raises(ValueError, match="memory budget"):
-            sampler.sample(sampler.prefill([prompt]), SamplingParams(max_new_tokens=6), [0])
+        sampler = Sampler(model, free.ids[2:3], memory_gb=80 * token / 1e9, graphs=graphs)
+        [completion] = sampler.sample(sampler.prefill([prompt]), params, [0])  # 63 of 64 tokens; a window asks for 65
+        assert completion.ids == free.ids[:3] and sampler.cache_bytes == 64 * token
+
+
+@windows
+def test_windows_and_single_tokens_take_turns(model, textbook):
+    """top-p takes the way of one token at a time, and must not go on from where it was before a window."""
+    both = []
+    for graphs in ("off", "on"):
+        sampler, out = Sampler(model, [], graphs=graphs), []
+        rows = sampler.prefill(PROMPTS[:2])
+        for turn in range(6):
+            params = SamplingParams(top_p=(0.9, 1.0)[turn % 2], max_new_tokens=5)
+            out += tokens(sampler.sample(rows, params, [turn, 100 + turn]))
+        both.append(out)
+    assert both[0] == both[1]
 
 
 @windows
@@ -820,6 +835,10 @@ def test_a_budget_is_kept_when_slots_of_several_sizes_are_made_at_once(model):
     sampler.sample(rows, SamplingParams(max_new_tokens=1), range(11))
     assert 1296 * token <= sampler.cache_bytes <= 1400 * token
     assert sampler.stats.evictions == 0
+    sampler = Sampler(model, [], memory_gb=1400 * token / 1e9)
+    rows = sampler.prefill([[1] * count for count in (10, 20, 50)])  # three sizes, and to spare only for one of them
+    sampler.sample(rows, SamplingParams(max_new_tokens=1), range(3))
+    assert sampler.cache_bytes == (512 + 32 + 64) * token
 
 
 def test_weights_that_are_not_finite_are_an_error():
