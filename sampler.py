@@ -603,7 +603,7 @@ class _Batch:
 
     def in_step(self) -> bool:
         """Whether a `_Window` can draw: no top-p, which the host must look at, and every row waits for the one token
-        that it has drawn."""
+        that it has drawn, in memory of its own (`_root` gives it to a new fork)."""
         alike = len(self.groups) == 1 and self.groups[0][0][1] == 1
         return alike and all(leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
 
