@@ -200,6 +200,19 @@ class Group:
     def outcomes(self) -> list[Outcome]:
         return [o for t in self.trajectories for o in t.outcomes]
 
+    def counts(self) -> dict[str, int]:
+        """Of what was written, to be added up over groups and ranks: see `text_metrics`."""
+        cut = [flag for t in self.trajectories for flag in t.truncated]
+        return dict(
+            trajectories=len(self.trajectories),
+            turns=len(cut),
+            clipped=sum(cut),
+            tokens=sum(len(t.logps) for t in self.trajectories),
+            sketches=len(self.sketches),
+            distinct_sketches=len(set(self.sketches)),
+            sketch_tokens=self.sketch_tokens,
+        )
+
 
 def derive_seed(*parts: Hashable) -> int:
     """A 63-bit seed for the random stream of one sequence, from (seed, step, problem, index, ...).
@@ -580,48 +593,43 @@ def coverage(outcomes: Sequence[Outcome], targets: frozenset, ks: Sequence[int])
     return {str(k): len({o.key for o in outcomes[:k]} & targets) / len(targets) for k in ks if k <= len(outcomes)}
 
 
-def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Sums over the groups of a step, to be added up over ranks and divided by the counts (`mean_group_metrics`)."""
-    sums = Counter()
-    for group in groups:
-        outcomes = group.outcomes()
-        found = diversity(outcomes)
-        rewards = torch.tensor([r for t in group.trajectories for r in t.rewards])
-        lengths = [len(t.logps) for t in group.trajectories]
-        sums.update(
-            {
-                "groups": 1,
-                "outcomes": len(outcomes),
-                "trajectories": len(lengths),
-                "turns": sum(len(t.spans) for t in group.trajectories),
-                "reward": float(rewards.sum()),
-                "reward_std": float(rewards.std()) if len(rewards) > 1 else 0.0,
-                "frac_reward_zero_std": float(bool((rewards == rewards[0]).all())),
-                "success": found["success"] * len(outcomes),
-                "valid": found["valid"] * len(outcomes),
-                "unique_success": found["unique_success"],
-                "unique_valid": found["unique_valid"],
-                "duplicate_rate": found["duplicate_rate"],
-                "sketch_distinct": len(set(group.sketches)) / len(group.sketches) if group.sketches else 0.0,
-                "completions/mean_length": sum(lengths),
-                "completions/clipped_ratio": sum(sum(t.truncated) for t in group.trajectories),
-            }
-        )
-    return dict(sums)
+def mean(measures: Sequence[dict]) -> dict[str, float]:
+    """The mean of each name."""
+    return {name: fmean(m[name] for m in measures) for name in measures[0]}
 
 
-def mean_group_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The means of `group_metrics`' sums: per outcome, trajectory, turn or group, as each is defined."""
-    per = {"reward": "outcomes", "success": "outcomes", "valid": "outcomes", "completions/mean_length": "trajectories"}
-    per["completions/clipped_ratio"] = "turns"
-    counts = ("groups", "outcomes", "trajectories", "turns")
-    return {name: total / sums[per.get(name, "groups")] for name, total in sums.items() if name not in counts}
+def group_metrics(found: Sequence[Sequence[Outcome]], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means over the groups of a step: found[p] are the outcomes of group p, rewards[p] what they earned; [P, G].
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> group_metrics([[hit, hit], [hit, miss]], [[1.0, 0.0], [1.0, 0.0]])["unique_success"]
+    1.0
+    """
+    earnings = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
+    equal = earnings.amax(1) == earnings.amin(1)  # [P]
+    return mean([diversity(outcomes) for outcomes in found]) | dict(
+        reward=earnings.mean().item(),
+        reward_std=earnings.std(1).mean().item(),
+        frac_reward_zero_std=equal.double().mean().item(),
+    )
 
 
-def evaluation_metrics(found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None) -> dict:
+def text_metrics(counts: dict[str, float]) -> dict[str, float]:
+    """Shares and lengths of what was written, from the sums of `Group.counts`."""
+    return {
+        "sketch_distinct": counts["distinct_sketches"] / max(1, counts["sketches"]),
+        "completions/mean_length": counts["tokens"] / counts["trajectories"],
+        "completions/clipped_ratio": counts["clipped"] / counts["turns"],
+    }
+
+
+def evaluation_metrics(
+    found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, size: int | None = None
+) -> dict:
     """pass@k, avg@n and unique counts per problem; where targets are known, Coverage@k over all outcomes in order.
 
-    found[p]: the outcomes of problem p, n each.
+    found[p]: the outcomes of problem p, n each. size: how many in a row were drawn together (a chain of guesses);
+    then chain_unique is the mean number of different successes among them.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
     >>> evaluation_metrics([[hit, miss], [miss, miss]], (1, 2), None)["pass@k"]
@@ -630,16 +638,20 @@ def evaluation_metrics(found: Sequence[Sequence[Outcome]], ks: Sequence[int], ta
     counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
     smallest = min(n for n, _ in counts)
     flat = [o for outcomes in found for o in outcomes]
+    diverse = mean([diversity(outcomes) for outcomes in found])
     metrics = {
         "n": smallest,
         "problems": len(found),
         "reward": fmean(o.reward for o in flat),
         "avg@n": fmean(c / n for n, c in counts),
         "valid": fmean(o.valid for o in flat),
-        "unique_success": fmean(diversity(outcomes)["unique_success"] for outcomes in found),
-        "unique_valid": fmean(diversity(outcomes)["unique_valid"] for outcomes in found),
+        "unique_success": diverse["unique_success"],
+        "unique_valid": diverse["unique_valid"],
         "pass@k": {str(k): fmean(rl.pass_at_k(n, c, k) for n, c in counts) for k in ks if k <= smallest},
     }
+    if size and size <= smallest:
+        chains = [outcomes[i : i + size] for outcomes in found for i in range(0, len(outcomes) - size + 1, size)]
+        metrics["chain_unique"] = mean([diversity(chain) for chain in chains])["unique_success"]
     if targets is not None:
         metrics["coverage"] = coverage(flat, targets, ks)
         metrics["found"] = len({o.key for o in flat} & targets)
@@ -654,25 +666,16 @@ def headline(evaluation: dict) -> float:
 def measures(evaluation: dict) -> dict:
     """An evaluation in brief: coverage (where there are targets), and reward, valid, pass@k of the plain prompt."""
     iid = evaluation["iid"]
-    return dict(
-        coverage={kind: e["coverage"] for kind, e in evaluation.items() if "coverage" in e},
-        pass_at_k={kind: e["pass@k"] for kind, e in evaluation.items()},
-        reward=iid["reward"],
-        valid=iid["valid"],
-        success=iid["avg@n"],
-    )
+    brief = dict(reward=iid["reward"], valid=iid["valid"], success=iid["avg@n"])
+    brief["coverage"] = {kind: e["coverage"] for kind, e in evaluation.items() if "coverage" in e}
+    return brief | dict(pass_at_k={kind: e["pass@k"] for kind, e in evaluation.items()})
 
 
 def sample_record(step: int, group: Group) -> dict:
     """A group as a person reads it: its sketches, and what was written with which reward."""
     solutions = [
-        dict(
-            sketch=t.sketch,
-            text=t.texts,
-            reward=t.rewards,
-            advantage=t.advantages,
-            success=[o.success for o in t.outcomes],
-        )
+        dict(sketch=t.sketch, text=t.texts, reward=t.rewards, advantage=t.advantages)
+        | dict(success=[o.success for o in t.outcomes])
         for t in group.trajectories
     ]
     return dict(step=step, problem=group.problem.text, sketches=group.sketches, solutions=solutions)
