@@ -244,17 +244,15 @@ def importance_weight(
 
 @dataclass
 class TrainingSequence:
-    """One row of the loss: token ids, which of them are trained, and what is known of each trained token.
-
-    A row has a context of its own: the sampled one, or (on_policy False) that without the sketch.
-    """
+    """One row of the loss: token ids, which of them are trained, and what is known of each trained token."""
 
     ids: list[int]
     targets: list[int]  # ids[t] is predicted from ids[:t], for t in targets
     advantages: list[float]  # per target
     sampled_logps: list[float]  # per target, in the context that was sampled from
-    weight: float = 1.0
-    on_policy: bool = True
+    weight: float = 1.0  # 0: it counts in the denominators, and that is all
+    answers: int = 1  # how many answers its tokens hold: K for a chain of K guesses
+    again: bool = False  # in the loss for a second time, in another context: counts in no denominator
     old_logps: Tensor | None = None  # [targets] in this context, by the policy before the updates; where needed
     token_weights: Tensor | None = None  # [targets], see `set_token_weights`
 
@@ -281,13 +279,24 @@ def set_token_weights(
 ) -> None:
     """Set row.token_weights for one optimiser step. `count` adds up a dict of numbers over all ranks.
 
-    Rows in their own context and rows without it are two terms of the loss, each with its own denominator.
+    Every answer weighs the same, in whichever context and in however long a row it is trained: the denominators count
+    the answers of the step and their tokens once, also of answers that are not trained (weight 0). A chain of K guesses
+    is one row and K answers; what "distill" trains for a second time is divided by the same denominators.
+
+    >>> chain = TrainingSequence([0] * 5, [1, 2, 3, 4], [1.0] * 4, [-1.0] * 4, answers=2)
+    >>> guess = TrainingSequence([0] * 3, [1, 2], [1.0] * 2, [-1.0] * 2, weight=0.5, again=True)
+    >>> set_token_weights([chain, guess], "grpo", 2, count=dict)
+    >>> chain.token_weights, guess.token_weights       # a guess in the chain weighs 1/2, here half of that
+    (tensor([0.2500, 0.2500, 0.2500, 0.2500]), tensor([0.1250, 0.1250]))
     """
-    for on_policy in (True, False):
-        mine = [row for row in rows if row.on_policy == on_policy]
-        lengths = torch.tensor([len(row.targets) for row in mine], dtype=torch.long)  # [S]
-        total = count(dict(num_sequences=len(mine), num_tokens=int(lengths.sum())))
-        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens)  # [N]
+    counted = [row for row in rows if not row.again]
+    answers, tokens = sum(row.answers for row in counted), sum(len(row.targets) for row in counted)
+    total = count(dict(num_sequences=answers, num_tokens=tokens))
+    for held in {row.answers for row in rows}:
+        mine = [row for row in rows if row.answers == held]
+        lengths = torch.tensor([len(row.targets) for row in mine])  # [S]
+        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens * held)  # [N]
+        weights = weights * (1 if loss_type == "dapo" else held)
         for row, part in zip(mine, weights.split(lengths.tolist()), strict=True):
             row.token_weights = row.weight * part
 
@@ -453,7 +462,7 @@ def mean_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
     >>> mean_metrics({"tokens": torch.tensor(4.0), "entropy": torch.tensor(2.0)})
     {'entropy': 0.5}
     """
-    tokens = max(float(sums["tokens"]), 1.0)
+    tokens = max(float(sums.get("tokens", 0)), 1.0)
     return {name: float(total) / tokens for name, total in sums.items() if name != "tokens"}
 
 

@@ -12,18 +12,24 @@
 Source: "The Road Less Traveled: Enhancing Exploration in LLMs via Sequential Sampling", arXiv 2510.15502. Where we
 deviate from it, or chose what it leaves open:
 
- 1. Loss context. The paper scores a solution under the prompt without its sketch and does not correct for that:
-    `sketch_context="drop"`, the default of two-stage tasks. "keep" trains in the context that was sampled from, "is"
-    weighs the dropped context by pi(y|x) / pi_old(y|x,s), truncated; "distill" is "keep" plus a tenth of "drop".
+ 1. Loss context. The paper scores a solution under the prompt without its sketch, wins and losses alike, and does not
+    correct for that: `sketch_context="drop"`. "keep" trains in the context that was sampled from; "is" weighs the
+    dropped context by pi(y|x) / pi_old(y|x,s), truncated; "imitate" drops it and trains what earned A > 0 only, so that
+    words which the plain prompt never says are not pushed down there; "distill" is "keep" and, with a coefficient,
+    "imitate": on-policy where it was sampled, and what was found is taught to the plain prompt. An answer weighs the
+    same in either context (rl.set_token_weights).
  2. Where the sketches are the answers (the synthetic task), there is no Stage II. A guess is trained under the chain
     before it ("keep"; with "drop" the policy unlearns what a valid answer is), a repeat within a chain earns 0.
  3. There, the baseline is the mean over the chains at the same position: late guesses are harder than early ones.
  4. There, a success found by n chains of the batch earns n ** -rarity, so that what few chains found is not drowned by
     what all of them found. rarity=0 is the paper's reward. Baselines are run with the same bonus, too.
  5. A group is decided by its outcomes, not by shaped crumbs of reward (see rl.group_advantages).
- 6. Ablations of Stage I: `sketches="iid"` (empty history), "list" (all K in one text, one on each line), "placebo"
-    (sketches of another problem).
- 7. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
+ 6. A group can be mixed: `num_direct` answers to the plain prompt beside those with a sketch, one baseline for all.
+    explore="stuck" draws sketches only for problems that none of the direct answers solved; the others get more direct
+    answers instead.
+ 7. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (of another problem; in chains, the history of
+    another chain) and "list" (all K in one text, one on each line).
+ 8. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
     tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
     values stay valid.
 
@@ -196,6 +202,7 @@ class Group:
     trajectories: list[Trajectory]
     sketches: list[str] = field(default_factory=list)
     sketch_tokens: int = 0
+    stuck: bool = False  # of a mixed group: none of the direct answers succeeded
 
     def outcomes(self) -> list[Outcome]:
         return [o for t in self.trajectories for o in t.outcomes]
@@ -204,6 +211,9 @@ class Group:
         """Of what was written, to be added up over groups and ranks: see `text_metrics`."""
         cut = [flag for t in self.trajectories for flag in t.truncated]
         return dict(
+            groups=1,
+            stuck=self.stuck,
+            stuck_solved=self.stuck and any(o.success for o in self.outcomes()),
             trajectories=len(self.trajectories),
             turns=len(cut),
             clipped=sum(cut),
@@ -235,12 +245,15 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to sample. method "grpo": group_size answers i.i.d.; "sesa": num_sketches x num_solutions, sketches first."""
+    """How to sample. method "grpo": group_size answers i.i.d.; "sesa": num_sketches x num_solutions, sketches first,
+    and num_direct answers without any (deviation 6)."""
 
     method: str = "sesa"
     num_sketches: int = 16
     num_solutions: int = 1
     group_size: int = 16
+    num_direct: int = 0
+    explore: str = "always"  # | stuck
     sketches: str = "sequential"  # | iid | list | placebo
     sketch_params: SamplingParams = SamplingParams(max_new_tokens=64)
     solution_params: SamplingParams = SamplingParams(max_new_tokens=512)
@@ -275,30 +288,44 @@ class Explorer:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
         that the result does not depend on how ranks share the work."""
         self.roots.clear()
-        if plan.method == "grpo":
-            programs = [self.answer(p, plan, (*seed, i)) for i, p in placed]
-        elif not self.task.two_stage:
-            programs = [self.guess_in_turn(p, plan, (*seed, i)) for i, p in placed]
-        elif plan.sketches == "placebo":  # those of the problem before it; its own if it is alone
-            drafts = self.sampler.run([self.draft(p, plan, (*seed, i)) for i, p in placed])
-            programs = [self.solve(p, drafts[j - 1], plan, (*seed, i)) for j, (i, p) in enumerate(placed)]
-        else:
-            programs = [self.explore(p, plan, (*seed, i)) for i, p in placed]
-        groups = self.sampler.run(programs)
+        drafts = [None] * len(placed)
+        if plan.method == "sesa" and plan.sketches == "placebo":  # those of the problem before; its own if it is alone
+            draw = self.draft if self.task.two_stage else self.guess_in_turn
+            drafts = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
+            drafts = drafts[-1:] + drafts[:-1]
+        explore = self.explore if self.task.two_stage else self.guess
+        program = self.answer if plan.method == "grpo" else explore
+        groups = self.sampler.run(
+            [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, drafts, strict=True)]
+        )
         self.sampler.release(self.roots.values())
         return groups
 
-    def answer(self, problem, plan, seed):
+    def answer(self, problem, plan, seed, _=None):
         """GRPO: group_size answers i.i.d. to the plain prompt."""
-        plain = self.direct_prompt(problem)
-        answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in range(plan.group_size)]
-        yield from self.play(problem, answers, plan.solution_params if self.task.two_stage else plan.sketch_params)
+        answers = yield from self.direct(problem, plan, seed, range(plan.group_size))
         return Group(problem, answers)
 
-    def explore(self, problem, plan, seed):
-        """SESA: Stage I, then Stage II."""
-        drafts = yield from self.draft(problem, plan, seed)
-        return (yield from self.solve(problem, drafts, plan, seed))
+    def direct(self, problem, plan, seed, numbers: range):
+        """Answers to the plain prompt, without a sketch."""
+        plain = self.direct_prompt(problem)
+        answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in numbers]
+        params = plan.solution_params if self.task.two_stage else plan.sketch_params
+        yield from self.play(problem, answers, params)
+        return answers
+
+    def explore(self, problem, plan, seed, drafts=None):
+        """SESA on a task of two stages: direct answers if the group is mixed, sketches, and their solutions."""
+        direct = yield from self.direct(problem, plan, seed, range(plan.num_direct))
+        stuck = not any(t.outcomes[0].success for t in direct)
+        if plan.explore == "stuck" and not stuck:
+            rest = range(plan.num_direct, plan.num_direct + plan.num_sketches * plan.num_solutions)
+            return Group(problem, direct + (yield from self.direct(problem, plan, seed, rest)))
+        drafts = drafts or (yield from self.draft(problem, plan, seed))
+        solutions = yield from self.solve(problem, drafts, plan, seed)
+        sketches = [self.chat.decode(draft.ids) for draft in drafts]
+        tokens = sum(len(draft.ids) for draft in drafts)
+        return Group(problem, direct + solutions, sketches, tokens, stuck and plan.num_direct > 0)
 
     def draft(self, problem, plan, seed):
         """Stage I: K sketches, each after those before it (or, as an ablation, after none of them)."""
@@ -374,11 +401,24 @@ class Explorer:
                 for j in range(plan.num_solutions)
             ]
         yield from self.play(problem, solutions, plan.solution_params)
-        sketches = [self.chat.decode(draft.ids) for draft in drafts]
-        return Group(problem, solutions, sketches, sum(len(draft.ids) for draft in drafts))
+        return solutions
+
+    def guess(self, problem, plan, seed, other: Group | None = None):
+        """SESA where the sketches are the answers: a chain of K guesses, or as an ablation K guesses that do not see
+        each other: each after an empty history ("iid"), or after the guesses of another chain ("placebo")."""
+        if plan.sketches == "sequential":
+            return (yield from self.guess_in_turn(problem, plan, seed))
+        plain, histories = self.sketch_prompt(problem), [[]] * plan.num_sketches
+        if other:
+            [chain] = other.trajectories
+            histories = [chain.body[:start] for start, _ in chain.spans]
+        seeds = [derive_seed(*seed, "guess", i) for i in range(plan.num_sketches)]
+        guesses = [Trajectory(plain + h, plain, s) for h, s in zip(histories, seeds, strict=True)]
+        yield from self.play(problem, guesses, plan.sketch_params)
+        return Group(problem, guesses)
 
     def guess_in_turn(self, problem, plan, seed):
-        """SESA where the sketches are the answers: a chain of K guesses."""
+        """A chain of K guesses, each of which sees those before it."""
         prompt = self.sketch_prompt(problem)
         chain = Trajectory(prompt, prompt, derive_seed(*seed, "chain"))
         rows = self.branch(problem, [chain])
@@ -524,15 +564,20 @@ def assign(group: Group, rewards: Sequence[float], advantages: Sequence[float]) 
         trajectory.advantages = [next(advantages) for _ in trajectory.outcomes]
 
 
-def sequences(group: Group, context: str, distill_coef: float = 0.1) -> list[rl.TrainingSequence]:
-    """What the loss is computed on, in the context "keep", "drop", "is" or "distill" (deviation 1)."""
-    kept = [as_sampled(t) for t in group.trajectories]
-    if context == "keep" or all(t.prompt == t.plain and len(t.outcomes) == 1 for t in group.trajectories):
-        return kept
-    plain = [s for t in group.trajectories for s in without_context(t)]
-    if context == "distill":
-        return kept + [replace(s, weight=distill_coef) for s in plain]
-    return plain
+def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.TrainingSequence]:
+    """What the loss is computed on, in the context "keep", "drop", "is", "imitate" or "distill" (deviation 1)."""
+    rows = []
+    for trajectory in group.trajectories:
+        plain_already = trajectory.prompt == trajectory.plain and len(trajectory.outcomes) == 1
+        if plain_already or context in ("keep", "distill"):
+            rows.append(as_sampled(trajectory))
+        for row in without_context(trajectory) if context != "keep" and not plain_already else ():
+            if context in ("imitate", "distill"):
+                row.weight = float(row.advantages[0] > 0)  # an advantage is that of a whole answer
+            if context == "distill":
+                row.weight, row.again = distill_coef * row.weight, True
+            rows.append(row)
+    return rows
 
 
 def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
@@ -544,23 +589,21 @@ def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
         [len(trajectory.prompt) + t for start, end in trajectory.spans for t in range(start, end)],
         [a for a, n in zip(per_span, lengths, strict=True) for _ in range(n)],
         trajectory.logps,
+        answers=len(trajectory.advantages),
     )
 
 
 def without_context(trajectory: Trajectory) -> Iterator[rl.TrainingSequence]:
     """The same words under the plain prompt: an episode without its sketch, each guess without its chain."""
     if len(trajectory.outcomes) == 1:
-        yield replace(as_sampled(replace(trajectory, prompt=trajectory.plain)), on_policy=False)
+        yield as_sampled(replace(trajectory, prompt=trajectory.plain))
         return
+    first = len(trajectory.plain)
     ends = list(accumulate(trajectory.span_tokens()))
     for (start, end), stop, advantage in zip(trajectory.spans, ends, trajectory.advantages, strict=True):
-        yield rl.TrainingSequence(
-            trajectory.plain + trajectory.body[start:end],
-            list(range(len(trajectory.plain), len(trajectory.plain) + end - start)),
-            [advantage] * (end - start),
-            trajectory.logps[stop - (end - start) : stop],
-            on_policy=False,
-        )
+        length = end - start
+        ids, targets = trajectory.plain + trajectory.body[start:end], list(range(first, first + length))
+        yield rl.TrainingSequence(ids, targets, [advantage] * length, trajectory.logps[stop - length : stop])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,13 +627,28 @@ def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def coverage(outcomes: Sequence[Outcome], targets: frozenset, ks: Sequence[int]) -> dict[str, float]:
-    """Coverage@k: the share of the targets among the first k outcomes, for each k that there are enough outcomes for.
+def unique(outcomes: Sequence[Outcome], k: int, drawn_together: int = 1) -> float:
+    """How many different successes k draws hold, in the mean over all windows of k that follow each other.
 
-    >>> coverage([Outcome(1.0, True, key, True) for key in "aab"], frozenset("abcd"), (1, 2, 3, 4))
-    {'1': 0.25, '2': 0.25, '3': 0.5}
+    Outcomes are in the order in which they were drawn; where `drawn_together` of them are a chain, every window begins
+    with a chain: so k up to its length is the mean over the chains.
+
+    >>> unique([Outcome(1.0, True, key, True) for key in "aabc"], 2)
+    1.5
     """
-    return {str(k): len({o.key for o in outcomes[:k]} & targets) / len(targets) for k in ks if k <= len(outcomes)}
+    stride = -(-k // drawn_together) * drawn_together
+    starts = range(0, len(outcomes) - k + 1, stride)
+    return fmean(len({o.key for o in outcomes[i : i + k] if o.success}) for i in starts)
+
+
+def iid_ceiling(targets: int, k: int, hits: float = 1.0) -> float:
+    """The most of `targets` equally good answers that k i.i.d. draws find in expectation, whatever they are drawn from,
+    if a share `hits` of them is right: an even spread, U (1 - (1 - hits / U)^k).
+
+    >>> round(iid_ceiling(20, 16), 2), round(iid_ceiling(20, 24), 2), round(iid_ceiling(50, 8), 2)
+    (11.2, 14.16, 7.46)
+    """
+    return targets * (1 - (1 - hits / targets) ** k)
 
 
 def mean(measures: Sequence[dict]) -> dict[str, float]:
@@ -607,10 +665,15 @@ def group_metrics(found: Sequence[Sequence[Outcome]], rewards: Sequence[Sequence
     """
     earnings = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
     equal = earnings.amax(1) == earnings.amin(1)  # [P]
+    right = torch.tensor([[o.success for o in outcomes] for outcomes in found], dtype=torch.float64)  # [P, G]
+    rate, size = right.mean().item(), right.shape[1]
     return mean([diversity(outcomes) for outcomes in found]) | dict(
         reward=earnings.mean().item(),
         reward_std=earnings.std(1).mean().item(),
         frac_reward_zero_std=equal.double().mean().item(),
+        frac_all_right=right.amin(1).mean().item(),
+        frac_all_wrong=1 - right.amax(1).mean().item(),
+        frac_decided_if_iid=rate**size + (1 - rate) ** size,
     )
 
 
@@ -618,18 +681,19 @@ def text_metrics(counts: dict[str, float]) -> dict[str, float]:
     """Shares and lengths of what was written, from the sums of `Group.counts`."""
     return {
         "sketch_distinct": counts["distinct_sketches"] / max(1, counts["sketches"]),
+        "stuck": counts["stuck"] / counts["groups"],
+        "stuck_solved": counts["stuck_solved"] / max(1, counts["stuck"]),
         "completions/mean_length": counts["tokens"] / counts["trajectories"],
         "completions/clipped_ratio": counts["clipped"] / counts["turns"],
     }
 
 
 def evaluation_metrics(
-    found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, size: int | None = None
+    found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
 ) -> dict:
-    """pass@k, avg@n and unique counts per problem; where targets are known, Coverage@k over all outcomes in order.
+    """pass@k, avg@n and unique@k per problem; where targets are known, Coverage@k, the share of them found in k draws.
 
-    found[p]: the outcomes of problem p, n each. size: how many in a row were drawn together (a chain of guesses);
-    then chain_unique is the mean number of different successes among them.
+    found[p]: the outcomes of problem p, n each, in order; drawn_together: the length of their chains (see `unique`).
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
     >>> evaluation_metrics([[hit, miss], [miss, miss]], (1, 2), None)["pass@k"]
@@ -637,6 +701,7 @@ def evaluation_metrics(
     """
     counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
     smallest = min(n for n, _ in counts)
+    ks = [k for k in ks if k <= smallest]
     flat = [o for outcomes in found for o in outcomes]
     diverse = mean([diversity(outcomes) for outcomes in found])
     metrics = {
@@ -647,13 +712,11 @@ def evaluation_metrics(
         "valid": fmean(o.valid for o in flat),
         "unique_success": diverse["unique_success"],
         "unique_valid": diverse["unique_valid"],
-        "pass@k": {str(k): fmean(rl.pass_at_k(n, c, k) for n, c in counts) for k in ks if k <= smallest},
+        "pass@k": {str(k): fmean(rl.pass_at_k(n, c, k) for n, c in counts) for k in ks},
+        "unique@k": {str(k): fmean(unique(outcomes, k, drawn_together) for outcomes in found) for k in ks},
     }
-    if size and size <= smallest:
-        chains = [outcomes[i : i + size] for outcomes in found for i in range(0, len(outcomes) - size + 1, size)]
-        metrics["chain_unique"] = mean([diversity(chain) for chain in chains])["unique_success"]
     if targets is not None:
-        metrics["coverage"] = coverage(flat, targets, ks)
+        metrics["coverage"] = {k: count / len(targets) for k, count in metrics["unique@k"].items()}
         metrics["found"] = len({o.key for o in flat} & targets)
     return metrics
 
@@ -664,11 +727,12 @@ def headline(evaluation: dict) -> float:
 
 
 def measures(evaluation: dict) -> dict:
-    """An evaluation in brief: coverage (where there are targets), and reward, valid, pass@k of the plain prompt."""
+    """An evaluation in brief: reward, valid, success of the plain prompt; pass@k, unique@k, coverage of both ways."""
     iid = evaluation["iid"]
     brief = dict(reward=iid["reward"], valid=iid["valid"], success=iid["avg@n"])
-    brief["coverage"] = {kind: e["coverage"] for kind, e in evaluation.items() if "coverage" in e}
-    return brief | dict(pass_at_k={kind: e["pass@k"] for kind, e in evaluation.items()})
+    for short, name in (("pass_at_k", "pass@k"), ("unique_at_k", "unique@k"), ("coverage", "coverage")):
+        brief[short] = {kind: e[name] for kind, e in evaluation.items() if name in e}
+    return brief
 
 
 def sample_record(step: int, group: Group) -> dict:

@@ -86,15 +86,24 @@ class MethodFlags:
     num_solutions: int = 1
     """M: solutions of each sketch"""
     group_size: int | None = None
-    """G: i.i.d. answers of a problem with --method grpo; K*M if not given, so that methods compare at equal answers"""
+    """G: i.i.d. answers of a problem with --method grpo; those of a sesa group if not given, so that methods compare"""
+    num_direct: int = 0
+    """D: answers of a sesa group that are drawn without a sketch, beside the K*M"""
+    explore: Literal["always", "stuck"] = "always"
+    """stuck: sketches only for problems that none of the D direct answers solved, else more direct answers"""
     sketches: Literal["sequential", "iid", "list", "placebo"] = "sequential"
     """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
-    sketch_context: Literal["keep", "drop", "is", "distill"] | None = None
-    """what the loss conditions on: the sampled context, the plain prompt, that with importance weights, or both"""
+    sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
+    """what the loss conditions on: the sampled context; the plain prompt (drop), with importance weights (is), or for
+    what earned A > 0 only (imitate); distill: keep and imitate"""
+    distill_coef: float = 1.0
+    """weight of imitate in distill"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None
     """divide by the group's std, do not, leave-one-out baseline, or the pass@k advantage"""
     pass_k: int = 8
     """k of the passk advantage"""
+    pass_k_end: int | None = None
+    """what k falls (or rises) to over the run; pass_k if not given"""
     baseline: Literal["chain", "position", "batch"] = "position"
     """where guesses in a chain are the answers: mean over the chain, over chains at one position, or over the batch"""
     repeats: Literal["zero", "full"] | None = None
@@ -277,8 +286,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     folder = f"runs/{name}-{config.method}-{config.seed}"
     defaults |= dict(output_dir=folder + "-eval" * config.eval_only)
     config = filled(config, defaults)
-    answers = config.num_sketches * config.num_solutions
-    config = filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef))
+    answers = config.num_direct + config.num_sketches * config.num_solutions
+    config = filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k))
     for broken, line in (*ranges(config), *rules(config, task)):
         if broken:
             raise UserError(line)
@@ -290,11 +299,12 @@ def filled(config: Config, defaults: dict) -> Config:
     return dataclasses.replace(config, **given)
 
 
-POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens learning_rate
-    warmup_steps max_grad_norm eval_problems eval_samples warm_start_batch warm_start_lr tiny_width tiny_layers
-    keep_checkpoints max_rows sample_every temperature is_cap pass_k max_sketch_tokens max_new_tokens cache_gb"""
-NOT_NEGATIVE = """steps seed kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay eval_every
-    checkpoint_every warm_start_steps eval_temperature show"""
+POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens
+    max_sketch_tokens max_new_tokens cache_gb max_rows temperature learning_rate warmup_steps max_grad_norm
+    distill_coef is_cap pass_k pass_k_end eval_problems eval_samples warm_start_batch warm_start_lr tiny_width
+    tiny_layers keep_checkpoints sample_every"""
+NOT_NEGATIVE = """steps seed num_direct kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay
+    eval_every checkpoint_every warm_start_steps eval_temperature show"""
 
 
 def ranges(config: Config) -> Iterator[tuple[bool, str]]:
@@ -312,16 +322,16 @@ def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     """(is it broken, the line for the user) of each rule about several flags, or a flag and the task."""
     c, grpo, chains = config, config.method == "grpo", chain_credit(config, task)
     answers = c.num_sketches * c.num_solutions
-    size = c.group_size if grpo else answers
-    sized = "--group_size" if grpo else "--num_sketches times --num_solutions"
+    size = c.group_size if grpo else c.num_direct + answers
+    sized = "--group_size" if grpo else "--num_sketches times --num_solutions (and --num_direct)"
     yield size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"
     many = c.minibatches > c.problems_per_step
     yield many, f"--minibatches {c.minibatches}: at most the number of problems in a step, {c.problems_per_step}"
     yield not 0 < c.top_p <= 1, f"--top_p {c.top_p}: must be above 0 and at most 1"
     cut = c.top_p < 1 and not c.eval_only
     yield cut, f"--top_p {c.top_p}: the loss trains the whole distribution; leave it at 1, or use it with --eval_only"
-    beyond = c.advantage_scale == "passk" and c.pass_k > size
-    yield beyond, f"--pass_k {c.pass_k}: at most the {size} answers of a group"
+    beyond = c.advantage_scale == "passk" and max(c.pass_k, c.pass_k_end) > size
+    yield beyond, f"--pass_k {c.pass_k}, --pass_k_end {c.pass_k_end}: at most the {size} answers of a group"
     scaled = c.advantage_scale in ("none", "std")
     yield chains and not scaled, f"--advantage_scale {c.advantage_scale}: guesses in a chain take none or std"
     most_k = min(c.eval_samples, answers) if task.two_stage else c.eval_samples
@@ -332,10 +342,14 @@ def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     yield c.sketches == "placebo" and not paired, swapped
     lines = "--sketches list: the tiny policy writes no lines; needs a pretrained model"
     yield c.sketches == "list" and c.model == "tiny", lines
-    staged = task.two_stage and not grpo
-    unstaged = f"--sketches {c.sketches}: there is no Stage I to vary"
-    unstaged += "; for guesses that do not see each other use --method grpo"
-    yield c.sketches != "sequential" and not staged, unstaged
+    unstaged = f"--sketches {c.sketches}: there is no Stage I to vary with --method grpo"
+    yield c.sketches != "sequential" and grpo, unstaged
+    listed = "--sketches list: where the sketches are the answers there are only sequential, iid and placebo"
+    yield c.sketches == "list" and not task.two_stage, listed
+    mixed = f"--num_direct {c.num_direct}: mixes groups of --method sesa on a task with a solution stage only"
+    yield c.num_direct > 0 and (grpo or not task.two_stage), mixed
+    alone = "--explore stuck: needs --num_direct 1 or more, the answers that tell whether a problem is stuck"
+    yield c.explore == "stuck" and not c.num_direct, alone
     across = c.baseline != "chain" or c.rarity
     apart = "chains about different problems are not comparable: use --baseline chain --rarity 0"
     yield chains and task.num_problems("train") > 1 and across, apart
@@ -606,7 +620,7 @@ class Run:
                     folder.append("samples.jsonl", *(sesa.sample_record(step + 1, g) for g in groups[:2]))
                 if last or due(state["step"], config.checkpoint_every):
                     folder.save(self.policy, self.optimizer, state)
-                numbers = dict(reward=f"{row['reward']:.3f}", entropy=f"{row['entropy']:.2f}")
+                numbers = dict(reward=f"{row['reward']:.3f}", entropy=f"{row['entropy'] or 0:.2f}")
                 progress.set_postfix(numbers, found=row["unique_found"] or None)
                 if last:
                     break
@@ -621,15 +635,16 @@ class Run:
         rolled_out = time.perf_counter()
 
         outcomes = self.ranks.gather([g.outcomes() for g in groups])
-        rewards, advantages = sesa.credit(outcomes, **self.credit_rule())
+        rewards, advantages = sesa.credit(outcomes, **self.credit_rule(step))
         rows = []
         for (place, _), group in zip(mine, groups, strict=True):
             sesa.assign(group, rewards[place], advantages[place])
-            rows += [(place, row) for row in sesa.sequences(group, config.sketch_context)]
+            rows += [(place, row) for row in sesa.sequences(group, config.sketch_context, config.distill_coef)]
 
         rate, kl_coef = self.learning_rate(step), self.kl_coef(step)
         set_rate(self.optimizer, rate)
-        metrics = update(self.model, self.reference, rows, config, self.optimizer, kl_coef, self.max_tokens(), self.ranks)
+        models = self.model, self.reference
+        metrics = update(*models, rows, config, self.optimizer, kl_coef, self.max_tokens(), self.ranks)
         self.refresh_actor()
 
         counts = Counter()
@@ -639,7 +654,7 @@ class Run:
             counts[name] = getattr(self.sampler.stats, name) - getattr(stats, name)
         counts = self.ranks.sum(counts)
         row = dict(step=step + 1) | sesa.group_metrics(outcomes, rewards) | sesa.text_metrics(counts)
-        row |= dict(kl=None) | metrics
+        row |= dict(entropy=None, kl=None) | metrics
         row |= {name: int(counts[name]) for name in ("generated_tokens", "prefill_tokens", "sketch_tokens")}
         row |= dict(learning_rate=rate, kl_coef=kl_coef)
         row |= dict(rollout_time=rolled_out - began, step_time=time.perf_counter() - began)
@@ -654,27 +669,24 @@ class Run:
         start, end = self.config.kl_coef, self.config.kl_coef_end
         return start + (end - start) * min(1.0, step / (0.7 * self.config.steps))
 
-    def credit_rule(self) -> dict:
+    def credit_rule(self, step: int) -> dict:
         c = self.config
+        pass_k = round(c.pass_k + (c.pass_k_end - c.pass_k) * step / max(1, c.steps - 1))
         rule = dict(chains=chain_credit(c, self.task), scale=c.advantage_scale)
-        return rule | dict(baseline=c.baseline, repeats=c.repeats, rarity=c.rarity, pass_k=c.pass_k)
+        return rule | dict(baseline=c.baseline, repeats=c.repeats, rarity=c.rarity, pass_k=pass_k)
 
     def plan(self, temperature: float, top_p: float = 1.0, **changes) -> sesa.Plan:
         sampling = SamplingParams(temperature, top_p)
         sketch, solution = (
             dataclasses.replace(sampling, max_new_tokens=self.limits[kind]) for kind in ("sketch", "solution")
         )
-        names = ("method", "num_sketches", "num_solutions", "group_size", "sketches")
+        names = ("method", "num_sketches", "num_solutions", "group_size", "num_direct", "explore", "sketches")
         given = {name: getattr(self.config, name) for name in names}
         return sesa.Plan(**given | changes, sketch_params=sketch, solution_params=solution)
 
     def max_tokens(self) -> int:
-        """The most that the policy can write in one row of the loss."""
-        config = self.config
-        if self.task.two_stage:
-            return self.limits["solution"] * self.task.max_turns
-        chained = config.method == "sesa" and config.sketch_context in ("keep", "distill")
-        return self.limits["sketch"] * (config.num_sketches if chained else 1)
+        """The most that the policy can write in one answer."""
+        return self.limits["solution"] * self.task.max_turns if self.task.two_stage else self.limits["sketch"]
 
     def refresh_actor(self) -> None:
         """Give the sampler's copy the new weights, where it has one."""
@@ -782,6 +794,7 @@ def update(
     for b in range(config.minibatches):
         mine = [row for place, row in rows if place % config.minibatches == b]
         rl.set_token_weights(mine, config.loss_type, max_tokens, ranks.sum)
+        mine = [row for row in mine if row.weight]
         for p in parameters:
             p.grad = torch.zeros_like(p)
         for micro in rl.micro_batches(mine, config.micro_batch_tokens):
@@ -790,7 +803,7 @@ def update(
         norms.append(float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
         optimizer.step()
     sums = ranks.sum(dict(sums))
-    loss = sums.pop("loss") / config.minibatches
+    loss = sums.pop("loss", 0.0) / config.minibatches
     return dict(loss=loss, grad_norm=sum(norms) / len(norms)) | rl.mean_metrics(sums)
 
 
@@ -883,7 +896,7 @@ def evaluate(run: Run) -> dict:
     group = n if run.task.two_stage else min(n, 50)
     plans = dict(
         iid=run.plan(method="grpo", group_size=group, **sampling),
-        sequential=run.plan(method="sesa", sketches="sequential", **sampling),
+        sequential=run.plan(method="sesa", sketches="sequential", num_direct=0, explore="always", **sampling),
     )
     found = {}
     for kind, plan in plans.items():
@@ -895,7 +908,8 @@ def evaluate(run: Run) -> dict:
         if not run.task.two_stage:  # the rounds of a problem are one list of guesses
             rounds = [outcomes[i : i + rounds] for i in range(0, len(outcomes), rounds)]
             outcomes = [[o for group in each for o in group][:n] for each in rounds]
-        found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, run.task.targets)
+        together = 1 if kind == "iid" else size
+        found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, run.task.targets, together)
     found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
     return found
 
