@@ -292,8 +292,8 @@ def set_token_weights(
     counted = [row for row in rows if not row.again]
     answers, tokens = sum(row.answers for row in counted), sum(len(row.targets) for row in counted)
     total = count(dict(num_sequences=answers, num_tokens=tokens))
-    for held in {row.answers for row in rows}:
-        mine = [row for row in rows if row.answers == held]
+    for kind in {(row.answers, row.again) for row in rows}:
+        mine, held = [row for row in rows if (row.answers, row.again) == kind], kind[0]
         lengths = torch.tensor([len(row.targets) for row in mine])  # [S]
         weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens * held)  # [N]
         weights = weights * (1 if loss_type == "dapo" else held)

@@ -28,15 +28,16 @@ from sesa import (
     as_sampled,
     assign,
     common_prefix,
-    coverage,
     credit,
     derive_seed,
     diversity,
     earned,
     evaluation_metrics,
     group_metrics,
-    mean_group_metrics,
+    iid_ceiling,
     sequences,
+    text_metrics,
+    unique,
 )
 from tasks import Demonstration, Outcome, Problem
 
@@ -109,15 +110,15 @@ def random_policy(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 class Talk:
     """A fake task of several turns. A problem's data is how many turns its episode has; the outcome depends on all."""
 
-    two_stage, max_turns, answer_hint, sketch_hint = True, 3, "problem", "three"
+    two_stage, max_turns, answer_hint, sketch_hint, wanted = True, 3, "problem", "three", "a"
 
     def episode(self, problem):
-        return Conversation(problem.data)
+        return Conversation(problem.data, self.wanted)
 
 
 class Conversation:
-    def __init__(self, turns: int):
-        self.turns, self.texts = turns, []
+    def __init__(self, turns: int, wanted: str = "a"):
+        self.turns, self.texts, self.wanted = turns, [], wanted
 
     def observe(self):
         return f"saw {' '.join(self.texts[-1].split()[:1])}" if self.texts else "problem"
@@ -129,7 +130,7 @@ class Conversation:
 
     def outcome(self):
         found = " / ".join(self.texts)
-        return Outcome(float(found.count("a")), "a" in found, found, True)
+        return Outcome(float(found.count("a")), self.wanted in found, found, True)
 
 
 class Guess(Talk):
@@ -391,6 +392,56 @@ def test_placebo_sketches_are_those_of_another_problem():
             assert row.sampled_logps == pytest.approx(teacher_forced(explorer.model, row.ids, row.targets), abs=1e-4)
 
 
+@pytest.mark.parametrize("sketches", ["iid", "placebo"])
+def test_guesses_that_do_not_see_their_own_chain(sketches):
+    explorer = make_explorer(Guess())
+    plan = replace(PLAN, num_sketches=4)
+    chains = explorer.rollout(PLACED, plan, (1,))
+    apart = explorer.rollout(PLACED, replace(plan, sketches=sketches), (1,))
+    for i, group in enumerate(apart):
+        [donor] = chains[i - 1].trajectories
+        plain = explorer.sketch_prompt(PROBLEMS[i])
+        assert len(group.trajectories) == len(group.outcomes()) == 4
+        for j, t in enumerate(group.trajectories):
+            history = donor.body[: donor.spans[j][0]] if sketches == "placebo" else []
+            assert t.prompt == plain + history and t.plain == plain
+            row = as_sampled(replace(t, advantages=[1.0]))
+            assert row.sampled_logps == pytest.approx(teacher_forced(explorer.model, row.ids, row.targets), abs=1e-4)
+        assert len({tuple(t.body) for t in group.trajectories}) > 1
+
+
+def test_a_mixed_group_holds_direct_answers_and_those_with_a_sketch():
+    explorer, pure = make_explorer(), make_explorer()
+    mixed = explorer.rollout(PLACED, replace(PLAN, num_direct=3), (1,))
+    sketched, direct = pure.rollout(PLACED, PLAN, (1,)), pure.rollout(PLACED, replace(PLAN, method="grpo"), (1,))
+    for ours, theirs, plain in zip(mixed, sketched, direct, strict=True):
+        assert [t.body for t in ours.trajectories[:3]] == [t.body for t in plain.trajectories[:3]]
+        assert [t.body for t in ours.trajectories[3:]] == [t.body for t in theirs.trajectories]
+        assert all(t.prompt == t.plain for t in ours.trajectories[:3]) and ours.sketches == theirs.sketches
+
+
+def test_only_stuck_problems_get_sketches():
+    """A problem is stuck if none of its own direct answers succeeded, whatever else is in the batch or on which rank."""
+    plan = replace(PLAN, num_direct=2, explore="stuck", num_sketches=4)
+    placed = list(enumerate(PROBLEMS * 3))
+    task = Talk()
+    task.wanted = "four"
+    groups = make_explorer(task).rollout(placed, plan, (5,))
+    pure = make_explorer(task).rollout(placed, replace(PLAN, method="grpo", group_size=10), (5,))
+    seen = Counter()
+    for group, plain in zip(groups, pure, strict=True):
+        first = [t.outcomes[0].success for t in group.trajectories[:2]]
+        assert group.stuck == (not any(first)) and len(group.trajectories) == 10
+        same = [t.body for t in group.trajectories] == [t.body for t in plain.trajectories]
+        assert len(group.sketches) == (4 if group.stuck else 0) and same == (not group.stuck)
+        seen[group.stuck] += 1
+        solved = group.stuck and any(o.success for o in group.outcomes())
+        assert (group.counts()["stuck"], group.counts()["stuck_solved"]) == (group.stuck, solved)
+    assert min(seen[True], seen[False]) > 0
+    alone = make_explorer(task, max_rows=2)
+    assert everything([alone.rollout([one], plan, (5,))[0] for one in placed]) == everything(groups)
+
+
 def test_solutions_follow_the_tokens_of_their_sketch():
     explorer, drafter = make_explorer(), make_explorer()
     for problem, group in zip(PROBLEMS, explorer.rollout(PLACED, PLAN, (2,)), strict=True):
@@ -421,7 +472,8 @@ def test_a_chain_of_guesses_is_one_conversation():
 
 
 @pytest.mark.parametrize(
-    "task, change", [(Talk, dict()), (Talk, dict(method="grpo")), (Talk, dict(sketches="iid")), (Guess, dict())]
+    "task, change",
+    [(Talk, dict()), (Talk, dict(method="grpo")), (Talk, dict(sketches="iid")), (Guess, dict()), (Guess, dict(sketches="iid"))],
 )
 def test_tokens_do_not_depend_on_batch_size_order_or_ranks(task, change):
     plan = replace(PLAN, **change)
@@ -435,7 +487,8 @@ def test_tokens_do_not_depend_on_batch_size_order_or_ranks(task, change):
 def test_a_rollout_leaves_no_rows_behind():
     for task in (Talk(), Guess()):
         explorer = make_explorer(task)
-        for change in (dict(), dict(method="grpo"), dict(sketches="list"), dict(sketches="placebo")):
+        changes = [dict(), dict(method="grpo"), dict(sketches="iid"), dict(sketches="placebo"), dict(sketches="list")]
+        for change in changes[: 5 if task.two_stage else 4]:
             explorer.rollout(PLACED, replace(PLAN, **change), (0,))
             [newest] = explorer.sampler.prefill([[1]])  # rows are numbered as they are made
             for row in range(newest):
@@ -496,7 +549,7 @@ def test_an_episode_trains_all_turns_and_no_observation():
     row = as_sampled(episode(2))
     assert row.ids == [10, 11, 12, 1, 2, 30, 2, 1, 2]
     assert row.targets == [3, 4, 7, 8] and row.advantages == [0.5] * 4
-    assert row.sampled_logps == [-0.1, -0.2, -0.2, -0.4] and row.on_policy
+    assert row.sampled_logps == [-0.1, -0.2, -0.2, -0.4] and row.answers == 1
 
 
 def test_contexts_of_an_episode():
@@ -504,30 +557,38 @@ def test_contexts_of_an_episode():
     group = Group(Problem(0, "", None), [t])
     [kept] = sequences(group, "keep")
     assert kept == as_sampled(t)
-    for context in ("drop", "is"):
+    for context in ("drop", "is", "imitate"):
         [row] = sequences(group, context)
-        assert row.ids == [20, 21, 1, 2, 30, 2, 1, 2] and row.targets == [2, 3, 6, 7] and not row.on_policy
+        assert row.ids == [20, 21, 1, 2, 30, 2, 1, 2] and row.targets == [2, 3, 6, 7]
         assert row.advantages == kept.advantages and row.sampled_logps == kept.sampled_logps and row.weight == 1
-    both = sequences(group, "distill", distill_coef=0.1)
-    assert both == [kept, replace(row, weight=0.1)]
+    assert sequences(group, "distill", distill_coef=0.1) == [kept, replace(row, weight=0.1, again=True)]
+    t.advantages = [-0.5]  # a loss: it counts in the denominators, and is not imitated
+    assert [row.weight for row in sequences(group, "imitate")] == [0]
+    assert [(row.weight, row.again) for row in sequences(group, "distill")] == [(1, False), (0, True)]
+    assert [row.weight for row in sequences(group, "drop")] == [1]
 
 
 def test_without_a_sketch_every_context_is_the_sampled_one():
-    t = replace(episode(2), plain=[10, 11, 12])
-    for context in ("keep", "drop", "is", "distill"):
-        assert sequences(Group(Problem(0, "", None), [t]), context) == [as_sampled(t)]
+    """Direct answers of a mixed group too: they are trained once, wins and losses, whatever becomes of the others."""
+    direct, sketched = replace(episode(2), plain=[10, 11, 12], advantages=[-0.5]), replace(episode(2), advantages=[-0.5])
+    for context in ("keep", "drop", "is", "imitate", "distill"):
+        assert sequences(Group(Problem(0, "", None), [direct]), context) == [as_sampled(direct)]
+    rows = sequences(Group(Problem(0, "", None), [direct, sketched]), "imitate")
+    assert [(row.ids[0], row.weight) for row in rows] == [(10, 1), (20, 0)]
 
 
 def test_contexts_of_a_chain():
     t = replace(episode(2), plain=[10, 11, 12], advantages=[0.5, -1.0], outcomes=[Outcome(1.0, True, "k", True)] * 2)
     group = Group(Problem(0, "", None), [t])
     [kept] = sequences(group, "keep")
-    assert kept.targets == [3, 4, 7, 8] and kept.advantages == [0.5, 0.5, -1.0, -1.0]
+    assert kept.targets == [3, 4, 7, 8] and kept.advantages == [0.5, 0.5, -1.0, -1.0] and kept.answers == 2
     first, second = sequences(group, "drop")
     assert first.ids == second.ids == [10, 11, 12, 1, 2] and first.targets == second.targets == [3, 4]
     assert first.advantages == [0.5, 0.5] and second.advantages == [-1.0, -1.0]
     assert first.sampled_logps == [-0.1, -0.2] and second.sampled_logps == [-0.2, -0.4]
-    assert [row.weight for row in sequences(group, "distill")] == [1.0, 0.1, 0.1]
+    assert [(row.answers, row.weight, row.again) for row in sequences(group, "distill", 0.5)] == [
+        (2, 1, False), (1, 0.5, True), (1, 0, True)
+    ]  # fmt: skip
 
 
 def test_assign_hands_out_in_the_order_of_outcomes():
@@ -626,13 +687,27 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     assert metrics["unique_success"] == fmean(len({o.key for o in some if o.success}) for some in found)
 
 
-def test_coverage_counts_targets_in_the_order_of_guesses():
-    targets = frozenset("abcd")
-    outcomes = [MISS, hit("a"), hit("a"), INVALID, hit("b"), hit("c")]
-    assert coverage(outcomes, targets, (1, 2, 3, 5, 6, 7)) == {"1": 0, "2": 0.25, "3": 0.25, "5": 0.5, "6": 0.75}
-    metrics = evaluation_metrics([outcomes], (6,), targets)
-    assert metrics["coverage"] == {"6": 0.75} and metrics["found"] == 3
-    assert coverage([hit("elsewhere")], targets, (1,)) == {"1": 0}
+def test_different_successes_are_counted_over_windows_of_draws():
+    outcomes = [MISS, hit("a"), hit("a"), INVALID, hit("b"), hit("c"), hit("c")]
+    assert [unique(outcomes, k) for k in (1, 2, 3, 6)] == pytest.approx([5 / 7, 4 / 3, 1.5, 3])
+    chains = [hit("a"), hit("b"), hit("a")] + [hit("a"), MISS, MISS] + [hit("c"), hit("c"), hit("c")]
+    assert unique(chains, 2, 3) == pytest.approx((2 + 1 + 1) / 3)  # the first two guesses of every chain
+    assert unique(chains, 3, 3) == pytest.approx((2 + 1 + 1) / 3) and unique(chains, 4, 3) == 2
+    metrics = evaluation_metrics([outcomes], (6, 100), frozenset("abcd"))
+    assert metrics["unique@k"] == {"6": 3} and metrics["coverage"] == {"6": 0.75} and metrics["found"] == 3
+    assert evaluation_metrics([[hit("a")] * 2, [hit("a"), hit("b")]], (2,), None)["unique@k"] == {"2": 1.5}
+
+
+def test_no_iid_policy_finds_more_than_the_ceiling():
+    rng = random.Random(0)
+    for targets, k, hits in [(20, 16, 1.0), (20, 16, 0.5), (6, 3, 1.0)]:
+        spread = [hits / targets] * targets + [1 - hits]
+        skewed = [hits * 2 * (i + 1) / targets / (targets + 1) for i in range(targets)] + [1 - hits]
+        found = []
+        for weights in (spread, skewed):
+            draws = [set(rng.choices(range(targets + 1), weights, k=k)) - {targets} for _ in range(4000)]
+            found.append(fmean(map(len, draws)))
+        assert found[0] == pytest.approx(iid_ceiling(targets, k, hits), abs=0.1) and found[1] < found[0]
 
 
 def test_diversity_counts_keys():
@@ -647,25 +722,26 @@ def test_diversity_counts_keys():
     assert diversity([INVALID])["duplicate_rate"] == 0
 
 
-def test_metrics_of_a_step_do_not_depend_on_how_ranks_share_it():
+def test_metrics_of_a_step():
     explorer = make_explorer()
     groups = explorer.rollout(PLACED, PLAN, (6,))
-    rewards, advantages = credit([g.outcomes() for g in groups], chains=False)
-    for group, r, a in zip(groups, rewards, advantages, strict=True):
-        assign(group, r, a)
-    whole = group_metrics(groups)
-    parts = [group_metrics(part) for part in (groups[:1], groups[1:], [])]
-    assert whole == pytest.approx({name: sum(part.get(name, 0) for part in parts) for name in whole})
-    means = mean_group_metrics(whole)
+    outcomes = [g.outcomes() for g in groups]
+    rewards, _ = credit(outcomes, chains=False)
+    metrics = group_metrics(outcomes, rewards)
+    assert metrics["reward"] == pytest.approx(fmean(r for group in rewards for r in group))
+    assert metrics["frac_reward_zero_std"] == fmean(len(set(group)) == 1 for group in rewards)
+    assert metrics["reward_std"] == pytest.approx(fmean(torch.tensor(group).std().item() for group in rewards))
+    found = [[hit("a")] * 2, [hit("a"), MISS], [MISS] * 2, [MISS] * 2]
+    metrics = group_metrics(found, credit(found, chains=False)[0])
+    shares = [metrics[name] for name in ("frac_all_right", "frac_all_wrong", "frac_decided_if_iid")]
+    assert shares == pytest.approx([0.25, 0.5, (3 / 8) ** 2 + (5 / 8) ** 2])
+
     trajectories = [t for g in groups for t in g.trajectories]
-    turns = [flag for t in trajectories for flag in t.truncated]
-    assert means["reward"] == pytest.approx(fmean(r for t in trajectories for r in t.rewards))
-    assert means["completions/mean_length"] == pytest.approx(fmean(len(sum(written(t), [])) for t in trajectories))
-    assert means["completions/clipped_ratio"] == pytest.approx(fmean(turns))
-    assert means["frac_reward_zero_std"] == fmean(len(set(r)) == 1 for r in rewards)
-    assert means["reward_std"] == pytest.approx(fmean(torch.tensor(r).std().item() for r in rewards))
-    assert means["sketch_distinct"] == pytest.approx(fmean(len(set(g.sketches)) / 3 for g in groups))
-    assert not {"groups", "outcomes", "turns", "trajectories"} & set(means)
+    counts = [Counter(g.counts()) for g in groups]  # what ranks add up
+    texts = text_metrics(sum(counts[2:], counts[0] + counts[1]))
+    assert texts["completions/mean_length"] == pytest.approx(fmean(len(sum(written(t), [])) for t in trajectories))
+    assert texts["completions/clipped_ratio"] == pytest.approx(fmean(f for t in trajectories for f in t.truncated))
+    assert texts["sketch_distinct"] == pytest.approx(fmean(len(set(g.sketches)) / 3 for g in groups))
 
 
 def test_seeds_are_63_bits_and_all_different():

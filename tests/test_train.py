@@ -334,19 +334,25 @@ def contexts(trajectory, context: str):
 def textbook(model, before, reference, groups, config: Config, longest: int) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss of one update, token by token, and the means over tokens of what is reported. `before` is the policy
     that the rollout was drawn from; it is `model` itself at the first update."""
-    terms = {"keep": [("prompt", 1.0)], "drop": [("plain", 1.0)], "is": [("plain", 1.0)]}
-    terms["distill"] = [("prompt", 1.0), ("plain", 0.1)]
+    terms = {"keep": [("prompt", 1.0)], "drop": [("plain", 1.0)], "is": [("plain", 1.0)], "imitate": [("plain", 1.0)]}
+    terms["distill"] = [("prompt", 1.0), ("plain", config.distill_coef)]
+    trajectories = [t for g in groups for t in g.trajectories]
+    answers, tokens = sum(len(t.outcomes) for t in trajectories), sum(len(t.logps) for t in trajectories)
     loss, entropies, kls = torch.zeros(()), [], []
     for context, coefficient in terms[config.sketch_context]:
-        sequences = [row for g in groups for t in g.trajectories for row in contexts(t, context)]
-        tokens = sum(len(span) for _, _, _, logps, _ in sequences for span in logps)
+        sequences = [(t, row) for t in trajectories for row in contexts(t, context)]
+        if context == "plain" and config.sketch_context in ("imitate", "distill"):  # what was sampled there stays whole
+            direct = config.sketch_context == "imitate" and config.num_direct
+            sequences = [(t, row) for t, row in sequences if row[-1][0] > 0 or direct and t.prompt == t.plain]
+        sequences = [row for _, row in sequences]
         for prompt, body, spans, logps, advantages in sequences:
             ids = torch.tensor([prompt + body])
             models = (model, before, reference)
             ours, first, theirs = ((m(ids).logits[0] / config.temperature).log_softmax(-1) for m in models)
             mine = sum(map(len, logps))
+            held = len(spans) if longest == 3 and context == "prompt" else 1  # a chain of guesses: as many answers
             weight = coefficient * {
-                "grpo": 1 / (len(sequences) * mine), "dapo": 1 / tokens, "dr_grpo": 1 / (len(sequences) * longest)
+                "grpo": held / (answers * mine), "dapo": 1 / tokens, "dr_grpo": 1 / (answers * longest)
             }[config.loss_type]  # fmt: skip
             for (start, end), sampled, advantage in zip(spans, logps, advantages, strict=True):
                 for place, old in zip(range(len(prompt) + start, len(prompt) + end), sampled, strict=True):
@@ -372,7 +378,10 @@ def textbook(model, before, reference, groups, config: Config, longest: int) -> 
         ("talk", dict(sketch_context="keep", loss_type="grpo", temperature=0.8)),
         ("talk", dict(sketch_context="drop", loss_type="dapo", kl_type="k3", entropy_coef=0.02)),
         ("talk", dict(sketch_context="is", loss_type="dr_grpo", kl_type="k2", is_cap=1.1)),
-        ("talk", dict(sketch_context="distill", loss_type="grpo", kl_type="k1", temperature=1.4)),
+        ("talk", dict(sketch_context="distill", loss_type="grpo", kl_type="k1", temperature=1.4, distill_coef=0.3)),
+        ("talk", dict(sketch_context="imitate", loss_type="grpo", num_direct=2)),
+        ("talk", dict(sketch_context="keep", loss_type="dapo", num_direct=2, explore="stuck")),
+        ("letters", dict(sketch_context="imitate", loss_type="dr_grpo")),
         ("talk", dict(sketch_context="drop", method="grpo")),
         ("letters", dict(sketch_context="keep", loss_type="dr_grpo", temperature=1.3, kl_coef=0.3, kl_coef_end=0.3)),
         ("letters", dict(sketch_context="distill", loss_type="dapo")),
@@ -386,7 +395,7 @@ def test_the_gradient_is_the_textbooks(toy, changes, toys, tmp_path, steps):
     resolved = Config(**json.loads((tmp_path / "run" / "config.json").read_text()))
     reference, (model, groups, row, gradients) = steps[0][0], steps[1]
     resolved.kl_coef = row["kl_coef"]
-    longest = {"talk": 2 * 4, "letters": 4 * 3}[toy]  # turns or guesses, times the limit of each
+    longest = {"talk": 2 * 4, "letters": 3}[toy]  # of an answer: its turns times the limit of each
     loss, means = textbook(model, model, reference, groups, resolved, longest)
     loss.backward()
     for ours, parameter in zip(gradients, model.parameters(), strict=True):
@@ -699,17 +708,19 @@ def test_a_short_warm_start_beats_the_random_policy(tmp_path):
         ("--minibatches 17", "--minibatches 17: at most"),
         ("--top_p 0.9", "--top_p 0.9: the loss trains the whole distribution"),
         ("--top_p 0", "--top_p 0.0: must be above 0"),
-        ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99: at most"),
+        ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99, --pass_k_end 99: at most"),
+        ("--task countdown --explore stuck", "--explore stuck: needs --num_direct 1 or more"),
+        ("--num_direct 2", "--num_direct 2: mixes groups of --method sesa on a task with a solution stage only"),
+        ("--distill_coef 0", "--distill_coef 0.0: must be above 0"),
         ("--advantage_scale loo", "--advantage_scale loo"),
         ("--eval_k 100 --eval_samples 20", "--eval_k"),
         ("--eval_k 0 4", "--eval_k"),
         ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
         ("--task countdown --sketches list", "--sketches list"),
-        ("--task synthetic --sketches iid", "--sketches iid: there is no Stage I to vary"),
+        ("--task synthetic --sketches list --model other", "--sketches list: where the sketches are the answers"),
         ("--task countdown --method grpo --sketches placebo", "--sketches placebo: there is no Stage I to vary"),
         ("--tiny_width 33", "--tiny_width 33: must be a multiple of 32"),
         ("--cache_gb inf", "--cache_gb inf: must be above 0"),
-        ("--graphs on --device cpu", "--graphs on: needs a GPU"),
         ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --max_new_tokens"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
