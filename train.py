@@ -280,7 +280,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked: value, rule, remedy."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
-    defaults |= PRETRAINED if config.model != "tiny" else {}
+    defaults |= PRETRAINED if not is_tiny(config.model) else {}
     defaults |= {} if config.kl_coef is None else dict(kl_coef_end=config.kl_coef)
     name = "".join(c if c.isalnum() else "_" for c in config.task)
     folder = f"runs/{name}-{config.method}-{config.seed}"
@@ -292,6 +292,12 @@ def resolve(config: Config, task: tasks.Task) -> Config:
         if broken:
             raise UserError(line)
     return config
+
+
+def is_tiny(model: str) -> bool:
+    """The tiny policy, or what a run of it has saved."""
+    notes = Path(model) / "sesa.json"
+    return model == "tiny" or notes.exists() and json.loads(notes.read_text()).get("tiny", False)
 
 
 def filled(config: Config, defaults: dict) -> Config:
@@ -384,6 +390,7 @@ class Policy:
     tokenizer: object
     prompts: sesa.Prompts
     limits: dict[str, int]
+    tiny: bool = False
 
     @property
     def stop_ids(self) -> list[int]:
@@ -399,7 +406,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        extra = dict(prompts=dataclasses.asdict(self.prompts), limits=self.limits)
+        extra = dict(prompts=dataclasses.asdict(self.prompts), limits=self.limits, tiny=self.tiny)
         (folder / "sesa.json").write_text(json.dumps(extra, ensure_ascii=False, indent=1))
 
 
@@ -418,7 +425,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
     default = sesa.default_prompts(False, task.two_stage)
     texts = sesa.Prompts(**ours["prompts"]) if ours else default
     texts = load_prompts(prompts, texts)
-    policy = Policy(model, tokenizer, texts, ours.get("limits", limits))
+    policy = Policy(model, tokenizer, texts, ours.get("limits", limits), ours.get("tiny", False))
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
     if not policy.stop_ids:
@@ -476,7 +483,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
         model = LlamaForCausalLM(shape)
     prompts = sesa.default_prompts(True, task.two_stage)
     prompts = load_prompts(config.prompts, prompts)
-    return Policy(model, tokenizer, prompts, dict(task.tiny_tokens))
+    return Policy(model, tokenizer, prompts, dict(task.tiny_tokens), tiny=True)
 
 
 def word_tokenizer(words: Sequence[str]):
@@ -1178,14 +1185,15 @@ def report(summary: dict, config: Config) -> None:
     print(f"\n{config.task}, {config.method}, {summary['steps']} steps in {summary['seconds']:.0f} s:")
     known = dict(floor=summary["floor"], ceiling=summary["ceiling"])  # of a random policy, of a solver
     bounds = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
-    base = summary["base"]
+    base, size = summary["base"], config.num_sketches
     lines = [(f"{name}, i.i.d.", base[name], summary[name]) for name in ("success", "valid")]
-    part = "coverage" if summary["coverage"] else "pass_at_k"
+    part = "unique_at_k" if summary["coverage"] else "pass_at_k"
     for kind, found in summary[part].items():
-        lines += [(f"{part}@{k}, {kind}", base[part][kind][k], after) for k, after in found.items()]
+        shown = [k for k in found if int(k) in (1, size, 320)] or list(found)[:1]
+        lines += [(f"{part.replace('_', ' ')} {k}, {kind}", base[part][kind][k], found[k]) for k in shown]
     for name, before, after in lines:
         beside = f"  ({bounds})" if name.startswith("success") and bounds else ""
-        print(f"  {name:24} {before:.3f} -> {after:.3f}{beside}")
+        print(f"  {name:28} {before:6.3f} -> {after:.3f}{beside}")
     print(f"  everything is in {config.output_dir}/")
 
 
