@@ -327,8 +327,8 @@ def ranges(config: Config) -> Iterator[tuple[bool, str]]:
 def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     """(is it broken, the line for the user) of each rule about several flags, or a flag and the task."""
     c, grpo, chains = config, config.method == "grpo", chain_credit(config, task)
-    answers = c.num_sketches * c.num_solutions
-    size = c.group_size if grpo else c.num_direct + answers
+    answers = c.num_direct + c.num_sketches * c.num_solutions
+    size = c.group_size if grpo else answers
     sized = "--group_size" if grpo else "--num_sketches times --num_solutions (and --num_direct)"
     yield size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"
     many = c.minibatches > c.problems_per_step
@@ -901,9 +901,12 @@ def evaluate(run: Run) -> dict:
     problems = [problems[i] for i in range(min(config.eval_problems, len(problems)))]
     sampling = dict(temperature=config.eval_temperature, top_p=config.top_p)
     group = n if run.task.two_stage else min(n, 50)
+    # in sequence: as many answers as a mixed group has, all of them through sketches
+    sketches = config.num_sketches + config.num_direct // config.num_solutions
+    asked = dict(method="sesa", sketches="sequential", num_sketches=sketches, num_direct=0, explore="always")
     plans = dict(
         iid=run.plan(method="grpo", group_size=group, **sampling),
-        sequential=run.plan(method="sesa", sketches="sequential", num_direct=0, explore="always", **sampling),
+        sequential=run.plan(**asked, **sampling),
     )
     found = {}
     for kind, plan in plans.items():

@@ -1,139 +1,158 @@
-"""Does parallel sampling collapse, and sequential sampling not? The README's first picture and table.
+"""Path exploration: what collapses, what the credit does, what the normalisation does, what the order does.
 
-    python experiments/collapse.py              # run what is missing in collapse.jsonl, then draw
-    python experiments/collapse.py --draw       # only draw, from the committed results
-    python experiments/collapse.py --arms sesa grpo --seeds 0 --workers 2
+    python experiments/collapse.py --workers 2        # run what is missing in collapse.jsonl, then draw
+    python experiments/collapse.py --draw             # only draw, from the committed results
+    python experiments/collapse.py --arms sesa grpo --seeds 0
 
-Every arm starts from the same warm-started base, has the same KL coefficient and reference, the same number of steps
-and of guesses a step (256), and is evaluated in the same way. A seed is both the draw of the treasures and the seed of
-training. The learning rate of GRPO is searched (arms grpo-lr*). Recovery: the GRPO policy of the same seed, taken at
-the first evaluation at which 95 % of its guesses hit, goes on with each arm for another 300 steps; the reference of
-the KL term is the original base.
+All arms start from one warm-started base, draw 256 guesses a step and are evaluated in the same way. A seed is both the
+draw of the treasures and the seed of training. The unit is the number of different treasures, of 20, in k guesses, in
+the mean over all windows of k guesses of an evaluation (1,000 guesses, 62 chains of 16). k i.i.d. guesses cannot find
+more than 20 (1 - (1 - 1/20)^k), whatever they are drawn from: 11.2 in 16.
 
-One (arm, seed) is one run of train.py; it is resumed if it was interrupted, and its result is one line of
+    base      300 steps from the base, which is also the reference of the KL term
+    recover   from what GRPO ended with, 150 steps, without the base: no KL, no reference
+    anchored  the same with the base as the reference, as in `base`
+    depth     as `recover`, from GRPO after 25, 50, 100 steps, and after 300 without a KL term
+
+One (stage, arm, seed) is one run of train.py; it is resumed if it was interrupted, and its result is one line of
 collapse.jsonl. Nothing is measured twice.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import runs
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE, TABLE = HERE / "collapse.jsonl", HERE / "collapse.png", HERE / "collapse.md"
-HITS = 0.95  # a policy is called collapsed when this share of its i.i.d. guesses hits
+DRAWS = [1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 320]
+COMMON = ["--task", "synthetic", "--eval_k", *map(str, DRAWS), "--keep_checkpoints", "1"]
 
-GRPO = ["--method", "grpo"]
+GRPO = "--method grpo"
+BOTH = f"{GRPO} --repeats zero --rarity 0.5"
+RECOVER = "--steps 150 --eval_every 50 --checkpoint_every 50 --learning_rate 3e-4"
+ALONE = f"{RECOVER} --kl_coef 0"
+ANCHORED = f"{RECOVER} --reference tiny"
+EVERY = "--steps 300 --eval_every 25 --checkpoint_every 25 --keep_checkpoints 99"
+BASE = "--steps 300 --eval_every 100 --checkpoint_every 100"
+
+# stage: {arm: (flags, what it is, start: (arm of `base`, step) or None)}
+LAST = ("grpo", 300)
 ARMS = {
-    "sesa": ([], "SESA"),
-    "sesa-no-rarity": (["--rarity", "0"], "SESA, rarity 0 (the plain reward)"),
-    "grpo": (GRPO, "GRPO"),
-    "grpo-lr1e-4": ([*GRPO, "--learning_rate", "1e-4"], "GRPO, learning rate 1e-4"),
-    "grpo-lr1e-3": ([*GRPO, "--learning_rate", "1e-3"], "GRPO, learning rate 1e-3"),
-    "grpo-hot": ([*GRPO, "--temperature", "1.2", "--entropy_coef", "0.01"], "GRPO, T 1.2, entropy bonus 0.01"),
-    "grpo-passk": ([*GRPO, "--advantage_scale", "passk"], "GRPO, pass@8 advantage"),
-    "grpo-unique": ([*GRPO, "--repeats", "zero"], "GRPO, a duplicate in the group earns 0"),
-    "grpo-unique-rarity": (
-        [*GRPO, "--repeats", "zero", "--rarity", "0.5", "--advantage_scale", "none"],
-        "GRPO with both of SESA's rewards: duplicates earn 0, rarity 0.5",
-    ),
-}
-RECOVERY = {
-    "recover-grpo": (GRPO, "collapsed GRPO, then GRPO"),
-    "recover-grpo-hot": ([*GRPO, "--temperature", "1.2"], "collapsed GRPO, then GRPO at T 1.2"),
-    "recover-grpo-unique-rarity": (ARMS["grpo-unique-rarity"][0], "collapsed GRPO, then GRPO with both rewards"),
-    "recover-sesa": ([], "collapsed GRPO, then SESA"),
-}
+    "base": {
+        "sesa": (BASE, "**SESA**: chains of 16, each guess sees those before it", None),
+        "sesa-distill": (f"{BASE} --sketch_context distill", "SESA, `distill`: finds taught to the plain prompt", None),
+        "sesa-no-rarity": (f"{BASE} --rarity 0", "SESA, rarity 0 (the plain reward)", None),
+        "sesa-iid": (f"{BASE} --sketches iid", "order control: the same, but no guess sees another", None),
+        "sesa-placebo": (f"{BASE} --sketches placebo", "order control: each guess sees another chain's", None),
+        "grpo": (f"{EVERY} {GRPO}", "**GRPO**", None),
+        "grpo-lr1e-4": (f"{BASE} {GRPO} --learning_rate 1e-4", "GRPO, learning rate 1e-4", None),
+        "grpo-lr1e-3": (f"{BASE} {GRPO} --learning_rate 1e-3", "GRPO, learning rate 1e-3", None),
+        "grpo-hot": (f"{BASE} {GRPO} --temperature 1.2 --entropy_coef 0.01", "GRPO, T 1.2, entropy bonus 0.01", None),
+        "grpo-passk": (f"{BASE} {GRPO} --advantage_scale passk", "GRPO, pass@8 advantage", None),
+        "grpo-passk-annealed": (
+            f"{BASE} {GRPO} --advantage_scale passk --pass_k_end 1", "GRPO, pass@k advantage, k from 8 to 1", None),
+        "grpo-unique": (f"{BASE} {GRPO} --repeats zero", "GRPO, a duplicate in the group earns 0", None),
+        "grpo-both-std": (f"{BASE} {BOTH}", "GRPO, both of SESA's rewards, divided by the std", None),
+        "grpo-both": (f"{BASE} {BOTH} --advantage_scale none", "GRPO, both of SESA's rewards, not divided", None),
+        "grpo-no-kl": (f"{BASE} {GRPO} --kl_coef 0", "GRPO without a KL term", None),
+    },
+    "recover": {
+        "distill": (f"{ALONE} --sketch_context distill", "**SESA, `distill`**", LAST),
+        "imitate": (f"{ALONE} --sketch_context imitate", "SESA, `imitate`", LAST),
+        "keep": (f"{ALONE} --sketch_context keep", "SESA, `keep`", LAST),
+        "distill-placebo": (
+            f"{ALONE} --sketch_context distill --sketches placebo", "order control: another chain's history", LAST),
+        "iid": (f"{ALONE} --sketches iid", "order control: no history, the same credit", LAST),
+        "grpo-both": (f"{ALONE} {BOTH} --advantage_scale none", "GRPO, both rewards, not divided", LAST),
+        "grpo-both-hot": (
+            f"{ALONE} {BOTH} --advantage_scale none --temperature 1.2", "the same at temperature 1.2", LAST),
+        "grpo-both-std": (f"{ALONE} {BOTH}", "GRPO, both rewards, divided by the std", LAST),
+        "grpo": (f"{ALONE} {GRPO}", "GRPO", LAST),
+    },
+    "anchored": {
+        "sesa": (ANCHORED, "SESA", LAST),
+        "grpo-both": (f"{ANCHORED} {BOTH} --advantage_scale none", "GRPO, both rewards, not divided", LAST),
+        "grpo": (f"{ANCHORED} {GRPO}", "GRPO", LAST),
+    },
+    "depth": {
+        f"{arm}-{start}-{step}": (f"{ALONE} {flags}", f"{title}, from {start} after {step} steps", (start, step))
+        for start, step in (("grpo", 25), ("grpo", 50), ("grpo", 100), ("grpo-no-kl", 300))
+        for arm, flags, title in (
+            ("distill", "--sketch_context distill", "SESA, `distill`"),
+            ("grpo-both", f"{BOTH} --advantage_scale none", "GRPO, both rewards, not divided"),
+        )
+    },
+}  # fmt: skip
+CELLS = ("stage", "arm", "seed")
 
 
-def results() -> dict[tuple[str, int], dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
+def results() -> dict[tuple[str, str, int], dict]:
+    return runs.results(RESULTS, CELLS)
 
 
-def collapsed_checkpoint(folder: Path) -> Path:
-    """The first checkpoint of a GRPO run whose evaluation says that 95 % of the guesses hit."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        checkpoint = folder / "checkpoints" / f"step_{row['step']}"
-        if "eval" in row and row["eval"]["iid"]["avg@n"] >= HITS and checkpoint.exists():
-            return checkpoint
-    raise SystemExit(f"{folder}: no checkpoint at which {HITS:.0%} of the guesses hit; train it longer")
+def run(stage: str, arm: str, seed: int, folder: Path) -> None:
+    flags, _, start = ARMS[stage][arm]
+    command = [*COMMON, "--task_options", f"treasure_seed={seed}", "--seed", str(seed), *flags.split()]
+    if start:
+        model = folder / f"base-{start[0]}-{seed}" / "checkpoints" / f"step_{start[1]}"
+        command += ["--model", str(model)]
+    row = runs.train(folder / f"{stage}-{arm}-{seed}", command)
+    if "curve" in row:
+        row["curve"] = [brief(step, evaluation) for step, evaluation in row["curve"]]
+    runs.append(RESULTS, dict(stage=stage, arm=arm, seed=seed, flags=flags, start=start) | row)
 
 
-def run(arm: str, seed: int, steps: int, runs: Path) -> None:
-    flags = list((ARMS | RECOVERY)[arm][0])
-    start = None
-    if arm in RECOVERY:
-        start = collapsed_checkpoint(runs / f"grpo-{seed}")
-        flags += ["--model", os.path.relpath(start, HERE.parent), "--reference", "tiny", "--learning_rate", "3e-4"]
-    folder = runs / f"{arm}-{seed}"
-    if any(folder.glob("checkpoints/step_*")):
-        flags.append("--resume")
-    elif folder.exists():
-        subprocess.run(["rm", "-r", str(folder)], check=True)
-    command = [sys.executable, "train.py", "--task", "synthetic", "--task_options", f"treasure_seed={seed}"]
-    command += ["--seed", str(seed), "--steps", str(steps), "--eval_every", "25", "--checkpoint_every", "25"]
-    command += ["--keep_checkpoints", "99" if arm == "grpo" else "2", "--output_dir", str(folder), *flags]
-    with open(runs / f"{arm}-{seed}.log", "w") as log:
-        subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, check=True)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((folder / "summary.json").read_text())
-    first = summary.pop("base_evaluation")
-    summary.pop("evaluation")
-    evals = [(0, first)] + [(row["step"], row["eval"]) for row in rows if "eval" in row]
-    row = summary | dict(
-        arm=arm,
-        seed=seed,
-        flags=flags,
-        start=start and start.name,
-        guesses=256 * steps,
-        curve=[
-            dict(step=step, hits=e["iid"]["avg@n"])
-            | {kind: e[kind]["coverage"].get("320") for kind in ("iid", "sequential")}
-            for step, e in evals
-        ],
-    )
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ({', '.join(f'{v:g}' for v in values)})"
+def brief(step: int, evaluation: dict) -> dict:
+    return dict(step=step) | {
+        kind: dict(hits=e["avg@n"], valid=e["valid"], found=e["unique@k"]) for kind, e in evaluation.items()
+    }
 
 
 def table(rows: dict) -> str:
-    lines = [
-        "| arm | found of 20 in 320 i.i.d. guesses | in 320 sequential | in 20 sequential | i.i.d. hits | valid |"
-        " found in training | tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    base = [row["base"] for (arm, _), row in sorted(rows.items()) if arm == "sesa"]
-    for arm, (_, title) in (ARMS | RECOVERY).items():
-        mine = [row for (name, _), row in sorted(rows.items()) if name == arm]
-        if arm == "sesa" and base:
-            lines.append(cells("the base, before training", base, None))
-        if arm == next(iter(RECOVERY)) and mine:
-            lines.append(cells("the collapsed GRPO policy that recovery starts from", [r["base"] for r in mine], None))
-        if mine:
-            lines.append(cells(title, mine, mine))
-    return "\n".join(lines) + "\n"
+    parts = []
+    head = ["arm", "in 16, in sequence", "in 16, i.i.d.", "in 320, i.i.d.", "in 320, in sequence"]
+    head += ["hits, i.i.d. / in sequence, %", "tokens, k", "seconds"]
+    base = [row for (stage, arm, _), row in sorted(rows.items()) if (stage, arm) == ("base", "sesa")]
+    if base:
+        line = cells("the base, before training", [row["curve"][0] for row in base]) + ["-", "-", "-"]
+        parts.append(("base", head, [line]))
+    for stage, arms in ARMS.items():
+        lines = []
+        for arm, (_, title, _) in arms.items():
+            mine = [rows[stage, arm, seed] for seed in range(9) if (stage, arm, seed) in rows]
+            command = f"`--stages {stage} --arms {arm}`"
+            if failed := [row["failed"] for row in mine if "failed" in row]:
+                lines.append([title, f"failed: {failed[0]}", *[""] * (len(head) - 2), command])
+            elif mine and stage in ("base", "anchored"):
+                cost = [f"{statistics.fmean(row['generated_tokens'] for row in mine) / 1e3:.0f}"]
+                cost += [f"{statistics.fmean(row['seconds'] for row in mine):.0f}", command]
+                lines.append(cells(title, [row["curve"][-1] for row in mine]) + cost)
+            elif mine:
+                points = [[row["curve"][i] for row in mine] for i in range(4)]
+                line = [title, *(runs.spread([p["iid"]["found"]["320"] for p in at], ".0f") for at in points)]
+                line.append(runs.spread([p["sequential"]["found"]["320"] for p in points[-1]], ".0f"))
+                lines.append([*line, hits(points[-1]), command])
+        if lines and stage == "base" and parts:
+            parts[0][2].extend(lines)
+        elif lines and stage == "anchored":
+            parts.append((stage, head, lines))
+        elif lines:
+            steps = [f"i.i.d., {step} steps" for step in (0, 50, 100, 150)]
+            parts.append((stage, ["arm", *steps, "in sequence, 150", "hits, %"], lines))
+    return "\n".join(f"**{stage}**\n\n{runs.table([*head, 'again'], lines)}" for stage, head, lines in parts)
 
 
-def cells(title: str, measured: list[dict], trained: list[dict] | None) -> str:
-    found = [spread([20 * m["coverage"][kind][k] for m in measured]) for kind, k in
-             (("iid", "320"), ("sequential", "320"), ("sequential", "20"))]  # fmt: skip
-    shares = [f"{100 * statistics.fmean(m[name] for m in measured):.0f} %" for name in ("success", "valid")]
-    cost = ["-"] * 3
-    if trained:
-        cost = [spread([m["unique_found"] for m in trained])]
-        cost += [f"{statistics.fmean(m['generated_tokens'] for m in trained) / 1e3:.0f} k"]
-        cost += [f"{statistics.fmean(m['seconds'] for m in trained):.0f}"]
-    return "| " + " | ".join([title, *found, *shares, *cost]) + " |"
+def cells(title: str, points: list[dict]) -> list[str]:
+    kinds = (("sequential", "16", ".1f"), ("iid", "16", ".1f"), ("iid", "320", ".1f"), ("sequential", "320", ".1f"))
+    found = [runs.spread([p[kind]["found"][k] for p in points], form) for kind, k, form in kinds]
+    return [title, *found, hits(points)]
+
+
+def hits(points: list[dict]) -> str:
+    shares = (100 * statistics.fmean(p[kind]["hits"] for p in points) for kind in ("iid", "sequential"))
+    return " / ".join(f"{share:.0f}" for share in shares)
 
 
 def draw(rows: dict) -> None:
@@ -142,62 +161,59 @@ def draw(rows: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.3), layout="constrained", width_ratios=[1.2, 1, 1.2])
-    styles = {
-        "sesa": ("tab:blue", "SESA"),
-        "grpo": ("tab:red", "GRPO"),
-        "grpo-unique": ("tab:orange", "GRPO, duplicates earn 0"),
-        "grpo-unique-rarity": ("tab:green", "GRPO with both of SESA's rewards"),
-        "recover-sesa": ("tab:blue", None),
-        "recover-grpo": ("tab:red", None),
-        "recover-grpo-unique-rarity": ("tab:green", None),
-        "recover-grpo-hot": ("tab:purple", "GRPO at temperature 1.2"),
-    }
-    trained = [arm for arm in styles if arm in ARMS]
-    panels = [(trained, "best"), (trained, "hits"), (list(RECOVERY), "best")]
-    for axis, (arms, metric) in zip(axes, panels, strict=True):
-        for arm in arms:
-            curves = [row["curve"] for (name, _), row in sorted(rows.items()) if name == arm]
-            if not curves:
-                continue
-            color, label = styles[arm]
-            label = label if axis is not axes[1] else None
-            values = [
-                [20 * max(p["iid"], p["sequential"]) if metric == "best" else 100 * p["hits"] for p in curve]
-                for curve in curves
-            ]
-            steps = [point["step"] for point in curves[0]]
-            for curve in values:
-                axis.plot(steps, curve, color=color, alpha=0.25, linewidth=1)
-            axis.plot(steps, [statistics.fmean(v) for v in zip(*values, strict=True)], color=color, label=label)
-        axis.set_xlabel("step (256 guesses each)")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained")
+    draws = [k for k in DRAWS if k <= 40]
+    ceiling = [20 * (1 - 0.95**k) for k in draws]
+    left.fill_between(draws, ceiling, 20, color="0.93", linewidth=0)
+    left.plot(draws, ceiling, "k--", linewidth=1)
+    left.text(26, 17.6, "no i.i.d. policy gets here", color="0.35")
+    for arm, kind, color, style, label in (
+        ("sesa", "sequential", "tab:blue", "-", "SESA, asked in sequence"),
+        ("grpo-both", "iid", "tab:green", "-", "GRPO with SESA's rewards, i.i.d."),
+        ("grpo-both", "sequential", "tab:green", ":", "the same, asked in sequence"),
+        ("grpo", "iid", "tab:red", "-", "GRPO, i.i.d."),
+        ("grpo", "sequential", "tab:red", ":", "the same, asked in sequence"),
+    ):
+        curves = [row["curve"][-1][kind]["found"] for (s, a, _), row in rows.items() if (s, a) == ("base", arm)]
+        many(left, draws, [[found[str(k)] for k in draws] for found in curves], color, style, label)
+    left.set(xlabel="answers drawn", title="different right answers found, of 20", ylim=(0, 20.3), xlim=(0, 41))
+    for arm, color, label in (
+        ("distill", "tab:blue", "SESA"),
+        ("grpo-both", "tab:green", "GRPO with SESA's rewards"),
+        ("grpo-both-std", "tab:olive", "the same, divided by the std"),
+        ("grpo", "tab:red", "GRPO"),
+    ):
+        curves = [row["curve"] for (s, a, _), row in rows.items() if (s, a) == ("recover", arm)]
+        found = [[p["iid"]["found"]["320"] for p in curve] for curve in curves]
+        many(right, [0, 50, 100, 150], found, color, "-", label)
+    right.set(xlabel="step", title="a collapsed policy, trained on: found in 320 i.i.d. draws", ylim=(0, 20.3))
+    for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, 20.5 if metric == "best" else 102)
-    axes[0].set_title("treasures found in 320 guesses, of 20")
-    axes[1].set_title("share of i.i.d. guesses that hit, %")
-    axes[2].set_title("a collapsed GRPO policy, trained on: found")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        axis.legend(frameon=False, fontsize=8)
     figure.savefig(PICTURE, dpi=130)
+
+
+def many(axis, x: list, curves: list[list], color: str, style: str, label: str) -> None:
+    """Every seed thin, their mean thick."""
+    for curve in curves:
+        axis.plot(x, curve, style, color=color, alpha=0.25, linewidth=0.8)
+    if curves:
+        axis.plot(x, [statistics.fmean(at) for at in zip(*curves, strict=True)], style, color=color, label=label)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=[*ARMS, *RECOVERY], choices=[*ARMS, *RECOVERY])
+    parser.add_argument("--stages", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", help="of these stages; all if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "collapse", help="where the runs are kept")
+    parser.add_argument("--runs", type=Path, default=runs.ROOT / "runs" / "collapse", help="where the runs are kept")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, of one thread each if more than one")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
-    args.runs = args.runs.resolve()
-    if args.workers > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    if not args.draw:
-        for stage in (ARMS, RECOVERY):  # recovery starts from what GRPO left
-            todo = [(a, s) for s in args.seeds for a in args.arms if a in stage and (a, s) not in results()]
-            with ThreadPoolExecutor(args.workers) as pool:
-                list(pool.map(lambda job: run(*job, args.steps, args.runs), todo))
+    for stage in args.stages if not args.draw else []:  # the others start from what `base` left
+        arms = [arm for arm in ARMS[stage] if args.arms is None or arm in args.arms]
+        jobs = [(stage, arm, s, args.runs.resolve()) for arm in arms for s in args.seeds]
+        runs.in_parallel(run, [job for job in jobs if job[:3] not in results()], args.workers)
     rows = results()
     TABLE.write_text(table(rows))
     draw(rows)
