@@ -691,7 +691,8 @@ def text_metrics(counts: dict[str, float]) -> dict[str, float]:
 def evaluation_metrics(
     found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
 ) -> dict:
-    """pass@k, avg@n and unique@k per problem; where targets are known, Coverage@k, the share of them found in k draws.
+    """pass@k, avg@n and unique@k per problem; where targets are known, Coverage@k, the share of them found in k draws,
+    and how often each was named.
 
     found[p]: the outcomes of problem p, n each, in order; drawn_together: the length of their chains (see `unique`).
 
@@ -717,7 +718,7 @@ def evaluation_metrics(
     }
     if targets is not None:
         metrics["coverage"] = {k: count / len(targets) for k, count in metrics["unique@k"].items()}
-        metrics["found"] = len({o.key for o in flat} & targets)
+        metrics["named"] = dict(Counter(str(o.key) for o in flat if o.key in targets))
     return metrics
 
 

@@ -8,22 +8,23 @@ The task is one class of thirty lines, as the README asks for, and runs by itsel
 
     python train.py --task experiments/states.py:States --model Qwen/Qwen2.5-0.5B-Instruct
 
-Every right answer earns the same. Each arm starts from the same model and gets the same number of guesses, the same
-learning rate and the same KL to it; Coverage@k is the share of the fifty states found in k guesses.
+Every right answer earns the same. `base`: 20 steps of 32 guesses from the model, no KL. `recover`: from what GRPO ended
+with, 12 steps more. The unit is the number of different states in k draws (windows of 160 guesses, 20 chains of 8); k
+i.i.d. draws cannot name more than 50 (1 - (1 - 1/50)^k), whatever they are drawn from: 7.5 in 8, 13.8 in 16.
 """
 
 import argparse
 import json
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # train.py loads this file too, as a task
+import runs  # noqa: E402
+
 from tasks import NOTHING, Demonstration, Outcome, Problem, Task  # noqa: E402
 
 RESULTS, PICTURE, TABLE = HERE / "states.jsonl", HERE / "states.png", HERE / "states.md"
@@ -69,113 +70,120 @@ class States(Task):
         return 1.0
 
 
+BOTH = "--method grpo --repeats zero --rarity 0.5 --advantage_scale none"
 ARMS = {
-    "grpo": (["--method", "grpo"], "GRPO"),
-    "grpo-both": (["--method", "grpo", "--repeats", "zero", "--rarity", "0.5"], "GRPO with both of SESA's rewards"),
-    "sesa": ([], "SESA"),
+    "base": {
+        "grpo": ("--method grpo", "GRPO"),
+        "grpo-both": (BOTH, "GRPO, both of SESA's rewards, not divided"),
+        "sesa": ("", "SESA, `keep`"),
+        "sesa-distill": ("--sketch_context distill", "SESA, `distill`"),
+    },
+    "recover": {
+        "distill": ("--sketch_context distill", "SESA, `distill`"),
+        "imitate": ("--sketch_context imitate", "SESA, `imitate`"),
+        "grpo-both": (BOTH, "GRPO, both rewards, not divided"),
+        "grpo": ("--method grpo", "GRPO"),
+    },
 }
-FLAGS = """--problems_per_step 4 --num_sketches 8 --learning_rate 3e-5 --warmup_steps 3 --kl_coef 0 --kl_coef_end 0
-    --eval_every 10 --eval_samples 160 --eval_k 1 8 32 160 --checkpoint_every 0 --sample_every 1""".split()
-KINDS = ("iid", "sequential")
+COMMON = """--task experiments/states.py:States --problems_per_step 4 --num_sketches 8 --learning_rate 3e-5
+    --warmup_steps 3 --kl_coef 0 --eval_samples 160 --eval_k 1 8 16 50 160 --sample_every 1 --keep_checkpoints 1"""
+STEPS = dict(
+    base="--steps 20 --eval_every 20 --checkpoint_every 20",
+    recover="--steps 12 --eval_every 6 --checkpoint_every 6",
+)
 
 
-def results() -> dict[tuple[str, int], dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return {(row["arm"], row["seed"]): row for row in map(json.loads, lines)}
+def results() -> dict[tuple[str, str, int], dict]:
+    return runs.results(RESULTS, ("stage", "arm", "seed"))
 
 
-def run(arm: str, seed: int, args: argparse.Namespace) -> None:
-    folder, prompts = args.runs / f"{arm}-{seed}", args.runs / "prompts.json"
+def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
+    prompts = folder / "prompts.json"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
-    shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "train.py", "--task", "experiments/states.py:States", "--model", args.model]
-    command += [*FLAGS, *ARMS[arm][0], "--steps", str(args.steps), "--seed", str(seed)]
-    command += ["--prompts", str(prompts), "--output_dir", str(folder)]
-    with open(args.runs / f"{arm}-{seed}.log", "w") as log:
-        subprocess.run(command, cwd=HERE.parent, stdout=log, stderr=log, check=True)
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evals = [(0, summary["base_evaluation"])] + [(row["step"], row["eval"]) for row in rows if "eval" in row]
-    keep = ("steps", "seconds", "peak_rss_mb", "generated_tokens", "unique_found", "versions")
-    row = dict(arm=arm, seed=seed, flags=[*FLAGS, *ARMS[arm][0]]) | {name: summary[name] for name in keep}
-    row["curve"] = [
-        dict(step=step) | {kind: dict(right=e[kind]["avg@n"], coverage=e[kind]["coverage"]) for kind in KINDS}
-        for step, e in evals
-    ]
-    with open(RESULTS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()
+    if stage == "recover":
+        model = str(folder / f"base-grpo-{seed}" / "checkpoints" / "step_20")
+    given = [*flags, "--seed", str(seed), "--model", model, "--prompts", str(prompts)]
+    row = runs.train(folder / f"{stage}-{arm}-{seed}", given)
+    if "curve" in row:
+        names = ("avg@n", "unique@k", "named")
+        row["curve"] = [
+            dict(step=step) | {kind: {name: e[name] for name in names} for kind, e in evaluation.items()}
+            for step, evaluation in row["curve"]
+        ]
+    runs.append(RESULTS, dict(stage=stage, arm=arm, seed=seed, flags=flags) | row)
 
 
 def table(rows: dict) -> str:
-    lines = [
-        "| arm | right, i.i.d. | states named in 160 i.i.d. guesses | right, sequential | in 160 sequential |"
-        " in 8 sequential | tokens | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    mine = {arm: [row for (name, _), row in sorted(rows.items()) if name == arm] for arm in ARMS}
-    base = list({row["seed"]: row for row in rows.values()}.values())  # the same for all arms
-    for title, runs, when in [("before", base, 0)] + [(ARMS[arm][1], runs, -1) for arm, runs in mine.items() if runs]:
-        points = [row["curve"][when] for row in runs]
-        cells = []
-        for kind, k in (("iid", "160"), ("sequential", "160"), ("sequential", "8")):
-            if k == "160":
-                cells.append(spread([100 * p[kind]["right"] for p in points], " %"))
-            cells.append(spread([50 * p[kind]["coverage"][k] for p in points]))
-        cost = ["-", "-"]
-        if when:
-            cost = [f"{statistics.fmean(row[name] for row in runs):,.0f}" for name in ("generated_tokens", "seconds")]
-        lines.append("| " + " | ".join([title, *cells, *cost]) + " |")
-    return "\n".join(lines) + "\n"
+    head = ["arm", "in 8, in sequence", "in 8, i.i.d.", "in 16, in sequence", "in 50, i.i.d.", "in 50, in sequence"]
+    head += ["right, i.i.d. / in sequence, %", "tokens", "seconds", "again"]
+    lines = []
+    for stage, arms in ARMS.items():
+        for arm, (_, title) in arms.items():
+            mine = [row for (*cell, _), row in sorted(rows.items()) if cell == [stage, arm] and "curve" in row]
+            if mine and arm in ("grpo", "distill"):
+                before = "before training" if stage == "base" else "GRPO's policy after 20 steps"
+                start = [row for (s, _, _), row in sorted(rows.items()) if s == stage and "curve" in row]
+                start = list({row["seed"]: row for row in start}.values())
+                if title != "GRPO" or stage == "base":
+                    lines.append([before, *cells([row["curve"][0] for row in start]), "-", "-", "-"])
+            if mine:
+                cost = [f"{statistics.fmean(r[name] for r in mine):,.0f}" for name in ("generated_tokens", "seconds")]
+                points = cells([row["curve"][-1] for row in mine])
+                lines.append([f"{stage}: {title}", *points, *cost, f"`--stages {stage} --arms {arm}`"])
+    return runs.table(head, lines)
 
 
-def spread(values: list[float], unit: str = "") -> str:
-    one_by_one = f" ({', '.join(f'{v:.0f}' for v in values)})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.0f}{unit}{one_by_one}"
+def cells(points: list[dict]) -> list[str]:
+    shown = (("sequential", 8), ("iid", 8), ("sequential", 16), ("iid", 50), ("sequential", 50))
+    found = [runs.spread([p[kind]["unique@k"][str(k)] for p in points]) for kind, k in shown]
+    shares = (100 * statistics.fmean(p[kind]["avg@n"] for p in points) for kind in ("iid", "sequential"))
+    return [*found, " / ".join(f"{share:.0f}" for share in shares)]
 
 
 def draw(rows: dict) -> None:
+    """How often each of the fifty is named, before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
-    panels = [
-        ("right answers, i.i.d., %", lambda p: 100 * p["iid"]["right"]),
-        ("different states in 160 i.i.d. guesses", lambda p: 50 * p["iid"]["coverage"]["160"]),
-        ("different states in 160 sequential guesses", lambda p: 50 * p["sequential"]["coverage"]["160"]),
-    ]
-    for axis, (title, value) in zip(axes, panels, strict=True):
-        for (arm, seed), row in sorted(rows.items()):
-            points = [(p["step"], value(p)) for p in row["curve"]]
-            label = ARMS[arm][1] if seed == min(other for name, other in rows if name == arm) else None
-            color = dict(zip(ARMS, ("tab:red", "tab:green", "tab:blue"), strict=True))[arm]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, color=color, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+    seed = min((seed for *_, seed in rows), default=0)
+    shown = [("before training", ("base", "grpo", seed), 0, "iid", "0.6")]
+    shown += [("GRPO, 20 steps, i.i.d.", ("base", "grpo", seed), -1, "iid", "tab:red")]
+    shown += [("the same policy, asked in sequence", ("base", "grpo", seed), -1, "sequential", "tab:orange")]
+    shown += [("SESA (distill), 20 steps, i.i.d.", ("base", "sesa-distill", seed), -1, "iid", "tab:blue")]
+    shown += [("SESA (distill), in sequence", ("base", "sesa-distill", seed), -1, "sequential", "tab:cyan")]
+    shown = [entry for entry in shown if "curve" in rows.get(entry[1], ())]
+    figure, axes = plt.subplots(len(shown), 1, figsize=(11, 1.35 * len(shown) + 1), sharex=True, layout="constrained")
+    for axis, (title, cell, point, kind, color) in zip(axes, shown, strict=True):
+        named = rows[cell]["curve"][point][kind]["named"]
+        axis.bar(range(50), [named.get(state, 0) for state in STATES], color=color)
+        axis.set_title(f"{title}: {len(named)} of 50 states in 160 answers", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    figure.savefig(PICTURE, dpi=130)
+        axis.set_xlim(-0.7, 49.7)
+    axes[-1].set_xticks(range(50), STATES, rotation=90, fontsize=7)
+    figure.savefig(PICTURE, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a hub id, a folder or a .gguf file")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "states", help="where the runs are kept")
+    parser.add_argument("--stages", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", help="of these stages; all if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=runs.ROOT / "runs" / "states", help="where the runs are kept")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, of one thread each if more than one")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
     if not args.draw and not args.model:
         parser.error("--model: a hub id, a folder or a .gguf file of a model that follows instructions")
-    args.runs = args.runs.resolve()
-    args.runs.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds if not args.draw else []:
-        for arm in args.arms:
-            if (arm, seed) not in results():
-                run(arm, seed, args)
+    for stage in args.stages if not args.draw else []:
+        arms = [arm for arm in ARMS[stage] if args.arms is None or arm in args.arms]
+        jobs = [(stage, arm, s, args.model, args.runs.resolve()) for s in args.seeds for arm in arms]
+        runs.in_parallel(run, [job for job in jobs if job[:3] not in results()], args.workers)
     TABLE.write_text(table(results()))
     draw(results())
     print(TABLE.read_text())

@@ -694,7 +694,7 @@ def test_different_successes_are_counted_over_windows_of_draws():
     assert unique(chains, 2, 3) == pytest.approx((2 + 1 + 1) / 3)  # the first two guesses of every chain
     assert unique(chains, 3, 3) == pytest.approx((2 + 1 + 1) / 3) and unique(chains, 4, 3) == 2
     metrics = evaluation_metrics([outcomes], (6, 100), frozenset("abcd"))
-    assert metrics["unique@k"] == {"6": 3} and metrics["coverage"] == {"6": 0.75} and metrics["found"] == 3
+    assert metrics["unique@k"] == {"6": 3} and metrics["coverage"] == {"6": 0.75} and metrics["named"] == dict(a=2, b=1, c=2)
     assert evaluation_metrics([[hit("a")] * 2, [hit("a"), hit("b")]], (2,), None)["unique@k"] == {"2": 1.5}
 
 
