@@ -25,7 +25,7 @@ from pathlib import Path
 import runs
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE, TABLE = HERE / "collapse.jsonl", HERE / "collapse.png", HERE / "collapse.md"
+RESULTS, PICTURE = HERE / "collapse.jsonl", HERE / "collapse.png"
 DRAWS = [1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 320]
 COMMON = ["--task", "synthetic", "--eval_k", *map(str, DRAWS), "--keep_checkpoints", "1"]
 
@@ -215,9 +215,8 @@ def main() -> None:
         jobs = [(stage, arm, s, args.runs.resolve()) for arm in arms for s in args.seeds]
         runs.in_parallel(run, [job for job in jobs if job[:3] not in results()], args.workers)
     rows = results()
-    TABLE.write_text(table(rows))
     draw(rows)
-    print(TABLE.read_text())
+    runs.publish("collapse", table(rows))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "experiments" / "RESULTS.md"
 
 
 def train(folder: Path, flags: Sequence[str]) -> dict:
@@ -71,3 +72,15 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def published(name: str) -> str:
+    """What stands in RESULTS.md between <!-- name --> and <!-- end -->."""
+    return REPORT.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
+
+
+def publish(name: str, text: str) -> None:
+    before, _, rest = REPORT.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    REPORT.write_text(f"{before}<!-- {name} -->\n{text}<!-- end -->{after}", encoding="utf-8")
+    print(text)

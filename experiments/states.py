@@ -27,7 +27,7 @@ import runs  # noqa: E402
 
 from tasks import NOTHING, Demonstration, Outcome, Problem, Task  # noqa: E402
 
-RESULTS, PICTURE, TABLE = HERE / "states.jsonl", HERE / "states.png", HERE / "states.md"
+RESULTS, PICTURE = HERE / "states.jsonl", HERE / "states.png"
 STATES = """Alabama Alaska Arizona Arkansas California Colorado Connecticut Delaware Florida Georgia Hawaii Idaho
     Illinois Indiana Iowa Kansas Kentucky Louisiana Maine Maryland Massachusetts Michigan Minnesota Mississippi Missouri
     Montana Nebraska Nevada New_Hampshire New_Jersey New_Mexico New_York North_Carolina North_Dakota Ohio Oklahoma
@@ -184,9 +184,8 @@ def main() -> None:
         arms = [arm for arm in ARMS[stage] if args.arms is None or arm in args.arms]
         jobs = [(stage, arm, s, args.model, args.runs.resolve()) for s in args.seeds for arm in arms]
         runs.in_parallel(run, [job for job in jobs if job[:3] not in results()], args.workers)
-    TABLE.write_text(table(results()))
     draw(results())
-    print(TABLE.read_text())
+    runs.publish("states", table(results()))
 
 
 if __name__ == "__main__":

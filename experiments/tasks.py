@@ -19,7 +19,7 @@ from pathlib import Path
 import runs
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE, TABLE = HERE / "tasks.jsonl", HERE / "tasks.png", HERE / "tasks.md"
+RESULTS, PICTURE = HERE / "tasks.jsonl", HERE / "tasks.png"
 TASKS = {
     "frozenlake": "--task frozenlake --task_options slippery=false --steps 160 --eval_every 40",
     "countdown": "--task countdown --task_options difficulty=easy --steps 400 --eval_every 100",
@@ -147,9 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     jobs = [(t, a, s, args.runs.resolve()) for s in args.seeds for t in args.tasks for a in args.arms]
     runs.in_parallel(run, [j for j in jobs if j[:3] not in results()] if not args.draw else [], args.workers)
-    TABLE.write_text(table(results()))
     draw(results())
-    print(TABLE.read_text())
+    runs.publish("tasks", table(results()))
 
 
 if __name__ == "__main__":
