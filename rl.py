@@ -258,7 +258,8 @@ class TrainingSequence:
 
 
 def micro_batches(rows: Sequence[TrainingSequence], budget: int) -> Iterator[list[TrainingSequence]]:
-    """Rows by length, in batches of at most `budget` tokens with padding; a longer row is a batch of its own.
+    """Rows by length, in batches of at most `budget` tokens with padding; a longer row is a batch of its own, and a row
+    of less than half the length of the longest begins a new one, so that less than half is padding.
 
     >>> rows = [TrainingSequence([0] * n, [], [], []) for n in (2, 4, 3)]
     >>> [[len(row.ids) for row in batch] for batch in micro_batches(rows, budget=8)]
@@ -266,7 +267,8 @@ def micro_batches(rows: Sequence[TrainingSequence], budget: int) -> Iterator[lis
     """
     batch = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and len(batch[0].ids) * (len(batch) + 1) > budget:
+        longest = len(batch[0].ids) if batch else 0
+        if longest * (len(batch) + 1) > budget or 2 * len(row.ids) < longest:
             yield batch
             batch = []
         batch.append(row)
