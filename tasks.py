@@ -232,7 +232,8 @@ class Synthetic(Task):
     treasures: int = 20
     treasure_seed: int = 0
     chain: int = 16  # guesses in a demonstration
-    skew: float = 0.5  # of the demonstrations' prior; 0: even at each level
+    skew: float = 0.5  # of the demonstrations; 0: even at each level
+    fade: float = 0.1  # of what a demonstration has visited; 1: it may be visited again as if it had not been
 
     name = "synthetic"
     two_stage = False
@@ -243,23 +244,19 @@ class Synthetic(Task):
 
     def __post_init__(self):
         self.paths = [tuple(line.split("\t")) for line in DIVISIONS.read_text(encoding="utf-8").splitlines()]
-        check_range(self, treasures=(1, len(self.paths)), chain=(1, len(self.paths) // 4), skew=(0, 2))
+        check_range(self, treasures=(1, len(self.paths)), chain=(1, len(self.paths) // 4), skew=(0, 2), fade=(0.001, 1))
         self.real = frozenset(self.paths)
         self.targets = frozenset(random.Random(f"treasures {self.treasure_seed}").sample(self.paths, self.treasures))
         self.words = "Find the treasures of China.".split() + sorted({name for path in self.paths for name in path})
 
     @cached_property
-    def prior(self) -> list[float]:
-        """The skewed prior of the demonstrations, one probability per path: at each level the child of rank r (in file
-        order, from 0) has weight 1 / (r + 1) ** skew among its siblings, and a path the product of its three shares."""
-        siblings, share = {}, {}  # a node is a prefix of a path; siblings: node -> its children in file order
+    def children(self) -> dict[tuple, list[tuple]]:
+        """The tree of divisions: for every beginning of a path its children, in file order."""
+        tree = {}
         for path in self.paths:
             for depth in range(3):
-                siblings.setdefault(path[:depth], {})[path[: depth + 1]] = None
-        for children in siblings.values():
-            weights = [(rank + 1) ** -self.skew for rank in range(len(children))]
-            share.update((child, weight / sum(weights)) for child, weight in zip(children, weights, strict=True))
-        return [share[path[:1]] * share[path[:2]] * share[path] for path in self.paths]
+                tree.setdefault(path[:depth], {})[path[: depth + 1]] = None
+        return {node: list(children) for node, children in tree.items()}
 
     def num_problems(self, split):
         return 1
@@ -276,11 +273,22 @@ class Synthetic(Task):
         return [" ".join(rng.choice(self.paths))]
 
     def demonstrate(self, problem, rng):
-        """Non-repeating guesses from the prior: a chain teaches not to repeat, and knows nothing of the treasures."""
-        chain = {}
+        """A chain that spreads and does not repeat, and knows nothing of the treasures.
+
+        At each level the child of rank r (in file order, from 0) is drawn with weight (r + 1) ** -skew * fade ** n,
+        where n is how often the chain has been there: where it has been is what the policy learns to look back for.
+        """
+        visits, chain = Counter(), []
         while len(chain) < self.chain:
-            chain.update(dict.fromkeys(rng.choices(self.paths, self.prior, k=self.chain - len(chain))))
-        return Demonstration(problem, [" ".join(path) for path in chain], [])
+            node = ()
+            while len(node) < 3:
+                ranked = enumerate(self.children[node], start=1)
+                weights = [rank**-self.skew * self.fade ** visits[child] for rank, child in ranked]
+                [node] = rng.choices(self.children[node], weights)
+            if not visits[node]:
+                visits.update(node[:depth] for depth in (1, 2, 3))
+                chain.append(" ".join(node))
+        return Demonstration(problem, chain, [])
 
     def floor(self):
         return self.treasures / len(self.paths)

@@ -248,7 +248,7 @@ from sampler import Sampler, SamplingParams
 # What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's, with
 # what a tiny policy needs by experiments/LOG.md.
 ANSWERS = dict(
-    steps=300, problems_per_step=16, num_sketches=16,
+    steps=400, problems_per_step=16, num_sketches=16,
     sketch_context="keep", advantage_scale="none", repeats="zero", rarity=0.5,
     kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, micro_batch_tokens=16384,
     warm_start_steps=1000, warm_start_lr=3e-3, eval_samples=1000,

@@ -9,10 +9,10 @@ draw of the treasures and the seed of training. The unit is the number of differ
 the mean over all windows of k guesses of an evaluation (1,000 guesses, 62 chains of 16). k i.i.d. guesses cannot find
 more than 20 (1 - (1 - 1/20)^k), whatever they are drawn from: 11.2 in 16.
 
-    base      300 steps from the base, which is also the reference of the KL term
+    base      400 steps from the base, which is also the reference of the KL term
     recover   from what GRPO ended with, 150 steps, without the base: no KL, no reference
     anchored  the same with the base as the reference, as in `base`
-    depth     as `recover`, from GRPO after 25, 50, 100 steps, and after 300 without a KL term
+    depth     as `recover`, from GRPO after 25, 50, 100 steps, and after 400 without a KL term
 
 One (stage, arm, seed) is one run of train.py; it is resumed if it was interrupted, and its result is one line of
 collapse.jsonl. Nothing is measured twice.
@@ -34,16 +34,17 @@ BOTH = f"{GRPO} --repeats zero --rarity 0.5"
 RECOVER = "--steps 150 --eval_every 50 --checkpoint_every 50 --learning_rate 3e-4"
 ALONE = f"{RECOVER} --kl_coef 0"
 ANCHORED = f"{RECOVER} --reference tiny"
-EVERY = "--steps 300 --eval_every 25 --checkpoint_every 25 --keep_checkpoints 99"
-BASE = "--steps 300 --eval_every 100 --checkpoint_every 100"
+EVERY = "--steps 400 --eval_every 25 --checkpoint_every 25 --keep_checkpoints 99"
+BASE = "--steps 400 --eval_every 100 --checkpoint_every 100"
 
 # stage: {arm: (flags, what it is, start: (arm of `base`, step) or None)}
-LAST = ("grpo", 300)
+LAST = ("grpo", 400)
 ARMS = {
     "base": {
         "sesa": (BASE, "**SESA**: chains of 16, each guess sees those before it", None),
         "sesa-distill": (f"{BASE} --sketch_context distill", "SESA, `distill`: finds taught to the plain prompt", None),
         "sesa-no-rarity": (f"{BASE} --rarity 0", "SESA, rarity 0 (the plain reward)", None),
+        "sesa-long": (f"{BASE} --steps 1000", "SESA, 1,000 steps", None),
         "sesa-iid": (f"{BASE} --sketches iid", "order control: the same, but no guess sees another", None),
         "sesa-placebo": (f"{BASE} --sketches placebo", "order control: each guess sees another chain's", None),
         "grpo": (f"{EVERY} {GRPO}", "**GRPO**", None),
@@ -78,7 +79,7 @@ ARMS = {
     },
     "depth": {
         f"{arm}-{start}-{step}": (f"{ALONE} {flags}", f"{title}, from {start} after {step} steps", (start, step))
-        for start, step in (("grpo", 25), ("grpo", 50), ("grpo", 100), ("grpo-no-kl", 300))
+        for start, step in (("grpo", 25), ("grpo", 50), ("grpo", 100), ("grpo-no-kl", 400))
         for arm, flags, title in (
             ("distill", "--sketch_context distill", "SESA, `distill`"),
             ("grpo-both", f"{BOTH} --advantage_scale none", "GRPO, both rewards, not divided"),

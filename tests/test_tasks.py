@@ -353,8 +353,7 @@ def test_the_paths_of_china():
 
 @pytest.mark.parametrize("skew", [0.0, 0.5, 1.0])
 def test_demonstrated_chains_follow_the_prior_and_do_not_repeat(skew):
-    task = make_task("synthetic", skew=skew)
-    assert sum(task.prior) == pytest.approx(1)
+    task = make_task("synthetic", skew=skew, fade=1)
     provinces, seen = list(dict.fromkeys(path[0] for path in task.paths)), Counter()
     for _, sketches, turns in islice(task.demonstrations(random.Random(0)), 600):
         assert turns == [] and len(set(sketches)) == 16
@@ -363,6 +362,16 @@ def test_demonstrated_chains_follow_the_prior_and_do_not_repeat(skew):
     weights = [(rank + 1) ** -skew for rank in range(31)]
     assert seen[provinces[4]] / 9600 == pytest.approx(weights[4] / sum(weights), rel=0.2)
     assert seen[provinces[30]] / 9600 == pytest.approx(weights[30] / sum(weights), rel=0.25)
+
+
+def test_demonstrated_chains_spread_out():
+    """Of 16 independent draws from the prior some 4 would be of a province visited before."""
+
+    def provinces(fade):
+        chains = islice(make_task("synthetic", fade=fade).demonstrations(random.Random(0)), 300)
+        return fmean(len({sketch.split()[0] for sketch in chain.sketches}) for chain in chains)
+
+    assert provinces(1) < 12.5 < 14.5 < provinces(0.1) < provinces(0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------- countdown
