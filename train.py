@@ -1225,7 +1225,8 @@ class Ranks:
         if self.size == 1:
             return whole.to(self.device)
         model, kind, n = hollow(whole, device="meta"), self.device.type, shard_ranks or self.size
-        mesh = init_device_mesh(kind, (self.size,) if n == self.size else (self.size // n, n))
+        mesh = init_device_mesh(kind, (self.size // n, n), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh["shard"] if n == self.size else mesh
         lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
         blocks = next(m for m in lists if len(m) == model.config.num_hidden_layers)
         for module in (*blocks, model):
