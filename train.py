@@ -269,7 +269,7 @@ TWO_STAGE = dict(
     warm_start_steps=1500, warm_start_lr=2e-3, eval_samples=16,
 )  # fmt: skip
 GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0, learning_rate=3e-4)
-PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=16384)
+PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=None)  # of the tokens: see fitting_tokens
 
 
 class UserError(ValueError):
@@ -594,7 +594,9 @@ class Run:
     """What a training run holds: policy, reference, optimizer, sampler."""
 
     def __init__(self, config: Config, task: tasks.Task, policy: Policy, ranks: Ranks):
-        self.config, self.task, self.ranks, whole = config, task, ranks, policy.model
+        whole, on_gpu = policy.model, ranks.device.type == "cuda"
+        config = filled(config, dict(micro_batch_tokens=fitting_tokens(whole, config, on_gpu)))
+        self.config, self.task, self.ranks = config, task, ranks
         self.model = ranks.shard(whole, config.shard_ranks)
         if config.gradient_checkpointing:
             older_name = self.model.gradient_checkpointing_enable
@@ -605,9 +607,9 @@ class Run:
         )
         # The weights are fp32. Rollouts run on a copy: in bf16 on a GPU, gathered where the weights are sharded. One
         # process on a CPU needs none.
-        self.actor, on_cpu = self.model, ranks.device.type == "cpu"
-        if ranks.size > 1 or not on_cpu:
-            dtype = torch.float32 if on_cpu else torch.bfloat16
+        self.actor = self.model
+        if ranks.size > 1 or on_gpu:
+            dtype = torch.bfloat16 if on_gpu else torch.float32
             self.actor = hollow(whole, dtype=dtype, device=ranks.device).to(ranks.device)
             self.refresh_actor()
         self.policy = policy = dataclasses.replace(policy, model=self.actor)
@@ -624,6 +626,7 @@ class Run:
         config, began = self.config, time.perf_counter() - state["seconds"]
         quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
+        skipped = 0
         with StopSignal(self.ranks) as stop:
             for step in progress:
                 groups, row = self.step(step)
@@ -636,6 +639,10 @@ class Run:
                         state |= dict(best=found, best_step=state["step"])
                 state["seconds"] = time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
+                skipped = skipped + row["skipped_updates"] if row["skipped_updates"] == config.minibatches else 0
+                if skipped >= 5:
+                    line = f"step {state['step']}: {skipped} updates in a row had a loss or gradient that is not finite"
+                    raise UserError(f"{line}; go on with a lower --learning_rate from a checkpoint in {folder.path}")
                 if last or step % config.sample_every == 0:
                     folder.append("samples.jsonl", *(sesa.sample_record(step + 1, g) for g in groups[:2]))
                 if last or due(state["step"], config.checkpoint_every):
@@ -1326,8 +1333,80 @@ def describe(config: Config, task: tasks.Task) -> None:
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
+    model, on_gpu = meta_model(config, task), torch.cuda.is_available() and config.device != "cpu"
+    config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
+    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu:
+        there = torch.cuda.get_device_properties(0).total_memory
+    print("memory of each rank, GB")
+    for name, size in parts.items():
+        print(f"  {name:24}{size / 1e9:.3f}")
+    total = sum(parts.values())
+    fits = "fits" if total < there else "DOES NOT FIT; more ranks, --gradient_checkpointing, --cache_gb help"
+    print(f"  {'together':24}{total / 1e9:.3f} of {there / 1e9:.1f}: {fits}")
+
+
+def meta_model(config: Config, task: tasks.Task) -> nn.Module:
+    """The model as its config says, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.model == "tiny":
+        return tiny_policy(config, task).model
+    path = Path(config.model)
+    name, file = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
+    try:
+        shape = AutoConfig.from_pretrained(str(name), **file)
+    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
+        raise UserError(f"--model {config.model}: its config cannot be read ({first_line(error)})") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    share, half = weights / (config.shard_ranks or ranks), 2 if on_gpu else 1
+    _, width = layer_widths(model)
+    cache = tokens / ranks * 2 * width * model.config.num_hidden_layers * 4 / half
+    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    return dict(
+        weights=share,
+        gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
+        optimizer=2 * share,
+        rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
+        reference=share if config.kl_coef or config.kl_coef_end else 0,
+        cache=min(cache, 1e9 * (config.cache_gb or math.inf)),
+        activations=config.micro_batch_tokens * a_token + logits,
+    )
+
+
+def layer_widths(model: nn.Module) -> tuple[int, int]:
+    """(floats that a layer keeps of a token for the backward, as counted for Llama; the width of its keys)."""
+    shape = model.config
+    heads = shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    keys = (getattr(shape, "num_key_value_heads", None) or heads) * size
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    return 8 * shape.hidden_size + 4 * inner + 2 * keys, keys
+
+
+def micro_batch_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int]:
+    """(bytes that a token keeps for the backward, bytes of a chunk of logits with the reference's and gradients)."""
+    shape, (layer, _) = model.config, layer_widths(model)
+    layers, vocabulary = shape.num_hidden_layers, shape.vocab_size
+    kept = layers * shape.hidden_size + layer if config.gradient_checkpointing else layers * layer
+    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
+    return 4 * kept, 12 * chunk * vocabulary
+
+
+def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
+    """micro_batch_tokens of a pretrained model: activations of 8 GB on a GPU, 0.75 GB on a CPU."""
+    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    room = (8e9 if on_gpu else 0.75e9) - logits
+    return int(min(16384, max(128, room / a_token)))
 
 
 def show(config: Config, task: tasks.Task) -> None:
@@ -1402,6 +1481,9 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint, if there is one, is whole", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
