@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ TIMES = {"step_time", "rollout_time"}
 SMALL = dict(eval_every=0, eval_problems=2, eval_k=(1,), tiny_width=32, warmup_steps=1, warm_start_steps=0)
 SYNTHETIC = SMALL | dict(
     task="synthetic", task_options=("treasures=1500", "chain=4"), num_sketches=4, problems_per_step=5, steps=4,
-    eval_samples=20, learning_rate=1e-3, micro_batch_tokens=40,
+    eval_samples=20, learning_rate=1e-3, micro_batch_tokens=40, entropy_coef=0.01,
 )  # fmt: skip
 COUNTDOWN = SMALL | dict(
     task="countdown", task_options=("difficulty=easy",), num_sketches=2, num_solutions=2, problems_per_step=3, steps=3,
@@ -148,7 +149,7 @@ def four(tmp_path_factory, untied) -> Path:
     runs = arms(folder, "4", untied, ["tied", "few"])
     runs += arms(folder, "4", untied, ["countdown", "untied"], shard_ranks=2)
     again = RESUMED | dict(output_dir=str(folder / "resumed-4"))
-    runs += [again, dict(stop_after=3, again=str(folder / "again-4")) | again]
+    runs += [again, again | dict(again=str(folder / "again-4"))]
     torchrun(4, runs)
     return folder
 
@@ -226,7 +227,8 @@ def test_a_run_goes_on_with_any_number_of_ranks(alone, two, four, tmp_path):
     assert_same(rows(tmp_path / "run"), whole, 1e-5)
 
 
-def test_a_checkpoint_of_one_rank_goes_on_on_four_and_an_old_one_too(alone, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_checkpoint_of_one_rank_goes_on_and_an_old_one_too(ranks, alone, tmp_path):
     """An old one held model.safetensors and training_state.pt: one file, the moments by number."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -243,12 +245,13 @@ def test_a_checkpoint_of_one_rank_goes_on_on_four_and_an_old_one_too(alone, tmp_
     old["state"] = {i: moments["state"][name] for i, name in enumerate(names)}
     torch.save(position | dict(optimizer=old), folder / "training_state.pt")
     shutil.rmtree(folder / "training_state")
-    shutil.copytree(tmp_path / "old", tmp_path / "old-1")
-    main(Config(**RESUMED, resume=True, output_dir=str(tmp_path / "old-1")))
-    assert_same(rows(tmp_path / "old-1"), rows(alone / "resumed-1"), 0)
-    torchrun(4, [RESUMED | dict(resume=True, output_dir=str(tmp_path / name)) for name in ("new", "old")])
-    for name in ("new", "old"):
-        assert_same(rows(tmp_path / name), rows(alone / "resumed-1"), 1e-5)
+    runs = [RESUMED | dict(resume=True, output_dir=str(tmp_path / name)) for name in ("new", "old")]
+    if ranks > 1:
+        torchrun(ranks, runs)
+    for name, options in zip(("new", "old"), runs):
+        if ranks == 1:
+            main(Config(**options))
+        assert_same(rows(tmp_path / name), rows(alone / "resumed-1"), 0 if ranks == 1 else 1e-5)
 
 
 def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(alone, tmp_path):
@@ -275,7 +278,7 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(alone, tm
 
 
 def test_an_update_that_is_not_finite_is_skipped_by_all_ranks(two):
-    """The second rank's gradient is inf in the second update."""
+    """The second rank's loss, and so its gradient, is inf or nan in the second update."""
     metrics = rows(two / "poisoned-2")
     assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 0] and not math.isfinite(metrics[1]["grad_norm"])
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in metrics[2:])
@@ -356,17 +359,35 @@ def test_a_second_ctrl_c_during_a_save_leaves_whole_checkpoints_only(alone, tmp_
     assert_same(rows(out), rows(alone / "resumed-1"), 0)
 
 
-def test_ctrl_c_during_the_first_evaluation_is_one_line_and_leaves_nothing(tmp_path):
-    words = "--task synthetic --warm_start_steps 0 --eval_samples 200000 --eval_k 1 --output_dir".split()
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *words, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    stack = Path(f"/proc/{process.pid}/task")
-    import time
+SLOW_TASK = """
+import time
+from dataclasses import dataclass
+from pathlib import Path
+import tasks
 
-    time.sleep(15)
-    assert stack.exists()
+
+@dataclass
+class Slow(tasks.Countdown):
+    mark: str = ""
+
+    def episode(self, problem):
+        Path(self.mark).touch()
+        time.sleep(0.2)
+        return super().episode(problem)
+"""
+
+
+def test_ctrl_c_during_the_first_evaluation_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
+    words = f"--task {tmp_path}/slow.py:Slow --task_options mark={tmp_path}/mark --output_dir {tmp_path}/run"
+    words += " --warm_start_steps 0"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while not (tmp_path / "mark").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130 and error.count("\n") == 1 and error.startswith("interrupted"), error
@@ -429,28 +450,27 @@ def test_a_dry_run_tells_the_memory_of_each_rank(untied, alone, monkeypatch, cap
 
 
 def worker(runs: list[dict]) -> None:
-    """On each rank of torchrun. Beside train.py's options: `poison`, the backwards at which the second rank finds an
+    """On each rank of torchrun. Beside train.py's options: `poison`, the updates in which the second rank's loss is
     inf; `again`, where to copy the run's folder at step 3 and go on from it."""
     dist = torch.distributed
     dist.init_process_group("gloo")
     dist.init_process_group = lambda *args, **kwargs: None  # once for all runs
     train.draw = lambda *args: None
     train.Run.train = recording(train.Run.train)
-    update, backward = train.update, train.backward
+    update, policy_loss = train.update, train.rl.policy_loss
     for options in runs:
-        poison, again, _ = (options.pop(name, None) for name in ("poison", "again", "stop_after"))
+        poison, again = (options.pop(name, None) for name in ("poison", "again"))
         updates = []
 
         def counted(*args, updates=updates):
             updates.append(1)
             return update(*args)
 
-        def poisoned(policy, *args, updates=updates, poison=poison):
-            part = backward(policy, *args)
+        def poisoned(*args, updates=updates, poison=poison, **options):
             bad = poison and dist.get_rank() == 1 and len(updates) in poison
-            return part | dict(loss=math.inf) if bad else part
+            return policy_loss(*args, **options) * (math.inf if bad else 1)
 
-        train.update, train.backward = counted, poisoned
+        train.update, train.rl.policy_loss = counted, poisoned
         if again:
             if dist.get_rank() == 0:
                 rewind(Path(options["output_dir"]), Path(again))
