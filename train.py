@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -30,9 +31,10 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -170,6 +172,8 @@ class OptimisationFlags:
     """tokens, padding included, of one forward and backward; changes memory and speed, not results"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward: less memory, more time"""
+    shard_ranks: int | None = None
+    """shard weights, gradients and optimizer over so many ranks and replicate over the rest; over all if not given"""
 
 
 @dataclass
@@ -196,6 +200,8 @@ class RunFlags:
     """run folder; runs/<task>-<method>-<seed> if not given"""
     resume: bool = False
     """continue the run in output_dir from its last checkpoint"""
+    resume_auto: bool = False
+    """--resume where there is a checkpoint, else start: what torchrun --max-restarts needs"""
     dry_run: bool = False
     """print what would be done, with all derived sizes, and exit"""
     show: int = 0
@@ -234,8 +240,20 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -260,7 +278,7 @@ TWO_STAGE = dict(
     warm_start_steps=1500, warm_start_lr=2e-3, eval_samples=16,
 )  # fmt: skip
 GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0, learning_rate=3e-4)
-PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=16384)
+PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=None)  # of the tokens: see fitting_tokens
 
 
 class UserError(ValueError):
@@ -308,7 +326,7 @@ def filled(config: Config, defaults: dict) -> Config:
 POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens
     max_sketch_tokens max_new_tokens cache_gb max_rows temperature learning_rate warmup_steps max_grad_norm
     distill_coef is_cap pass_k pass_k_end eval_problems eval_samples warm_start_batch warm_start_lr tiny_width
-    tiny_layers keep_checkpoints sample_every"""
+    tiny_layers keep_checkpoints sample_every shard_ranks"""
 NOT_NEGATIVE = """steps seed num_direct kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay
     eval_every checkpoint_every warm_start_steps eval_temperature show"""
 
@@ -343,7 +361,10 @@ def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     most_k = min(c.eval_samples, answers) if task.two_stage else c.eval_samples
     in_range = 1 <= min(c.eval_k, default=0) <= most_k
     yield not in_range, f"--eval_k {c.eval_k}: the least must be from 1 to {most_k}, the samples of a problem"
-    paired = c.problems_per_step > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    uneven = c.shard_ranks and ranks % c.shard_ranks
+    yield uneven, f"--shard_ranks {c.shard_ranks}: must divide the number of ranks, {ranks}"
+    paired = c.problems_per_step > 1 and ranks == 1
     swapped = "--sketches placebo takes those of the problem before: needs --problems_per_step 2 or more, on one rank"
     yield c.sketches == "placebo" and not paired, swapped
     lines = "--sketches list: the tiny policy writes no lines; needs a pretrained model"
@@ -501,27 +522,36 @@ def word_tokenizer(words: Sequence[str]):
 
 
 def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
-    if name == "tiny":
-        return warm_start(config, task, ranks)
-    return load_policy(name, task, config.prompts)
+    """Rank 0 reads it or makes it. The others get all but the weights, which `Ranks.shard` hands out."""
+
+    def make() -> Policy:
+        if name == "tiny":
+            return warm_start(config, task, ranks.device)
+        return load_policy(name, task, config.prompts)
+
+    return ranks.first(make, lambda policy: dataclasses.replace(policy, model=hollow(policy.model, device="meta")))
 
 
-def warm_start(config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
-    """The tiny policy after maximum likelihood on demonstrations; made once, cached by all that it depends on.
+def hollow(model: nn.Module, **options) -> nn.Module:
+    """The model with its buffers and without its weights: new parameters, tied as before, that hold nothing yet.
 
-    Rank 0 trains it or finds it, and the others get its weights.
+    options: device and dtype of the parameters.
     """
+    empty = {id(p): nn.Parameter(torch.empty_like(p, **options), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
+def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Policy:
+    """The tiny policy after maximum likelihood on demonstrations; made once, cached by all that it depends on."""
     policy = tiny_policy(config, task)
     if config.warm_start_steps == 0:
         return policy
     cache = warm_start_cache(config, policy, task)
-    if ranks.rank == 0:
-        if not cache.exists():
-            demonstrate(config, policy, task, ranks.device)
-            if not cache.exists():  # another run may have been faster
-                write_folder(cache, policy.save)
-        policy.model = load_policy(str(cache), task).model
-    ranks.broadcast(policy.model.to(ranks.device).parameters())
+    if not cache.exists():
+        demonstrate(config, policy, task, device)
+        if not cache.exists():  # another run may have been faster
+            write_folder(cache, policy.save, Ranks(0, 1, device))
+    policy.model = load_policy(str(cache), task).model
     return policy
 
 
@@ -584,18 +614,25 @@ class Run:
     """What a training run holds: policy, reference, optimizer, sampler."""
 
     def __init__(self, config: Config, task: tasks.Task, policy: Policy, ranks: Ranks):
-        self.config, self.task, self.policy, self.ranks = config, task, policy, ranks
-        self.model = policy.model.to(ranks.device)
+        whole, on_gpu = policy.model, ranks.device.type == "cuda"
+        config = filled(config, dict(micro_batch_tokens=fitting_tokens(whole, config, on_gpu)))
+        self.config, self.task, self.ranks = config, task, ranks
+        self.model = ranks.shard(whole, config.shard_ranks)
         if config.gradient_checkpointing:
             older_name = self.model.gradient_checkpointing_enable
             getattr(self.model, "activation_checkpointing_enable", older_name)(dict(use_reentrant=False))
-        self.reference = None if config.eval_only else reference_policy(self)
+        self.reference = None if config.eval_only else reference_policy(self, whole)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay
         )
-        # On a GPU the weights are fp32 and rollouts run on a bf16 copy of them; on a CPU on the weights themselves.
-        on_cpu = ranks.device.type == "cpu"
-        self.actor = self.model if on_cpu else copy.deepcopy(self.model).bfloat16()
+        # The weights are fp32. Rollouts run on a copy: in bf16 on a GPU, gathered where the weights are sharded. One
+        # process on a CPU needs none.
+        self.actor = self.model
+        if ranks.size > 1 or on_gpu:
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            self.actor = hollow(whole, dtype=dtype, device=ranks.device).to(ranks.device)
+            self.refresh_actor()
+        self.policy = policy = dataclasses.replace(policy, model=self.actor)
         chat = policy.chat()
         room = dict(max_rows=config.max_rows, memory_gb=config.cache_gb)
         self.sampler = Sampler(self.actor, policy.stop_ids, decode=chat.decode, **room)
@@ -607,10 +644,9 @@ class Run:
     def train(self, folder: RunFolder, state: dict) -> None:
         """Train from where `state` is to the last step, or until asked to stop."""
         config, began = self.config, time.perf_counter() - state["seconds"]
-        if "weights" in state:
-            self.load_weights(state)
         quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
+        skipped = 0
         with StopSignal(self.ranks) as stop:
             for step in progress:
                 groups, row = self.step(step)
@@ -623,10 +659,14 @@ class Run:
                         state |= dict(best=found, best_step=state["step"])
                 state["seconds"] = time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
+                skipped = skipped + row["skipped_updates"] if row["skipped_updates"] == config.minibatches else 0
+                if skipped >= 5:
+                    line = f"step {state['step']}: {skipped} updates in a row had a loss or gradient that is not finite"
+                    raise UserError(f"{line}; go on with a lower --learning_rate from a checkpoint in {folder.path}")
                 if last or step % config.sample_every == 0:
                     folder.append("samples.jsonl", *(sesa.sample_record(step + 1, g) for g in groups[:2]))
                 if last or due(state["step"], config.checkpoint_every):
-                    folder.save(self.policy, self.optimizer, state)
+                    folder.save(self, state)
                 numbers = dict(reward=f"{row['reward']:.3f}", entropy=f"{row['entropy'] or 0:.2f}")
                 progress.set_postfix(numbers, found=row["unique_found"] or None)
                 if last:
@@ -695,19 +735,32 @@ class Run:
         """The most that the policy can write in one answer."""
         return self.limits["solution"] * self.task.max_turns if self.task.two_stage else self.limits["sketch"]
 
+    @torch.no_grad()
     def refresh_actor(self) -> None:
-        """Give the sampler's copy the new weights, where it has one."""
+        """Give the sampler's copy, where it has one, the new weights: one at a time, cast before they travel."""
         if self.actor is not self.model:
-            with torch.no_grad():
-                for ours, theirs in zip(self.actor.parameters(), self.model.parameters(), strict=True):
-                    ours.copy_(theirs)
+            for ours, theirs in zip(self.actor.parameters(), self.model.parameters(), strict=True):
+                ours.copy_(unsharded(theirs.to(ours.dtype)))
 
-    def load_weights(self, state: dict) -> None:
-        missing, unexpected = self.model.load_state_dict(state.pop("weights"), strict=False)
-        if unexpected or set(missing) - set(self.model.all_tied_weights_keys or ()):
-            raise UserError(f"the checkpoint does not fit --model {self.config.model}: {[*missing, *unexpected][0]}")
-        self.model.tie_weights()
-        self.optimizer.load_state_dict(state.pop("optimizer"))
+    def tensors(self) -> dict:
+        """What a checkpoint holds of this rank: its part of the weights and of the optimizer's moments, by name."""
+        weights, moments = get_state_dict(self.model, self.optimizer)
+        return dict(weights=weights, moments=moments)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint, whatever the number of ranks that wrote it."""
+        options = StateDictOptions()
+        try:
+            if (folder / "training_state.pt").exists():
+                tensors, options = old_tensors(folder, self.model), StateDictOptions(full_state_dict=True, strict=False)
+            else:
+                dcp.load(tensors := self.tensors(), checkpoint_id=folder / "training_state")
+            set_state_dict(
+                self.model, self.optimizer, options=options,
+                model_state_dict=tensors["weights"], optim_state_dict=tensors["moments"],
+            )  # fmt: skip
+        except (Exception, CheckpointException) as error:  # a damaged file raises whatever the bytes lead to
+            raise damaged(folder, error) from None
         self.refresh_actor()
 
     def remember(self, state: dict, groups: Sequence[sesa.Group], row: dict) -> None:
@@ -743,18 +796,18 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def reference_policy(run: Run) -> nn.Module | None:
+def reference_policy(run: Run, whole: nn.Module) -> nn.Module | None:
     """A frozen copy of the policy that training starts from, or of --reference; None without a KL term."""
-    config, model = run.config, run.model
+    config = run.config
     if config.kl_coef == config.kl_coef_end == 0:
         return None
-    if config.reference is None:
-        reference = copy.deepcopy(model)
-    else:
-        reference = starting_policy(config.reference, config, run.task, run.ranks).model.to(run.ranks.device)
-    if reference.config.vocab_size != model.config.vocab_size:
+    if config.reference is not None:
+        whole = starting_policy(config.reference, config, run.task, run.ranks).model
+    elif run.ranks.size == 1:
+        whole = copy.deepcopy(whole)
+    if whole.config.vocab_size != run.model.config.vocab_size:
         raise UserError(f"--reference {config.reference}: its vocabulary is not that of the policy")
-    return reference.eval().requires_grad_(False)
+    return run.ranks.shard(whole.eval().requires_grad_(False), config.shard_ranks)
 
 
 class StopSignal:
@@ -795,23 +848,40 @@ def update(
     """
     policy.train()
     if config.minibatches > 1 or config.sketch_context == "is":
-        old_log_probs(policy, [row for _, row in rows], config, ranks.device)
+        old_log_probs(policy, [row for _, row in rows], config, ranks)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    sums, norms = Counter(), []
+    sums, norms, skipped = Counter(), [], 0
     for b in range(config.minibatches):
         mine = [row for place, row in rows if place % config.minibatches == b]
         rl.set_token_weights(mine, config.loss_type, max_tokens, ranks.sum)
         mine = [row for row in mine if row.weight]
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        for micro in rl.micro_batches(mine, config.micro_batch_tokens):
-            sums.update(backward(policy, reference, micro, config, kl_coef, ranks.device))
-        ranks.sum_gradients(parameters)
-        norms.append(float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
-        optimizer.step()
+        micros, loss = micro_batches(mine, config, ranks), 0.0
+        for micro in micros:
+            if isinstance(policy, FSDPModule):  # gradients travel once, when all have been added up
+                policy.set_requires_gradient_sync(micro is micros[-1])
+            part = backward(policy, reference, micro, config, kl_coef, ranks.device)
+            loss += part["loss"]
+            sums.update(part)
+        norms.append(float(unsharded(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))))
+        if all(ranks.gather([math.isfinite(loss + norms[-1])])):
+            optimizer.step()
+        else:  # on all ranks: one step with nan or inf would be the last
+            skipped += 1
     sums = ranks.sum(dict(sums))
     loss = sums.pop("loss", 0.0) / config.minibatches
-    return dict(loss=loss, grad_norm=sum(norms) / len(norms)) | rl.mean_metrics(sums)
+    means = dict(loss=loss, grad_norm=sum(norms) / len(norms), skipped_updates=skipped)
+    return means | rl.mean_metrics(sums)
+
+
+def micro_batches(rows: Sequence[rl.TrainingSequence], config: Config, ranks: Ranks) -> list:
+    """As many on every rank, for each forward of a sharded model is a collective: the missing ones weigh nothing."""
+    micros = list(rl.micro_batches(rows, config.micro_batch_tokens))
+    most = max(ranks.gather([len(micros)]))
+    nothing = torch.zeros(1, device=ranks.device)
+    idle = rl.TrainingSequence([0, 0], [1], [0.0], [0.0], old_logps=nothing, token_weights=nothing)
+    return micros + [[idle] for _ in range(most - len(micros))]
 
 
 def backward(policy, reference, micro: list[rl.TrainingSequence], config: Config, kl_coef: float, device) -> dict:
@@ -842,14 +912,28 @@ def score(
 
     loss_fn, extras, options: see kernels.linear_policy_loss.
     """
-    hidden, targets = hidden_states(model, rows, device)  # [N, H], [N]
     ref = ref_weight = None
     if reference is not None:
         with torch.no_grad():
-            ref, _ = hidden_states(reference, rows, device)  # [N, H]
+            ref, _ = inside(reference, hidden_states, rows, device)  # [N, H]
         ref_weight = head(reference, ref)  # [V, H]
-    weight = head(model, hidden)  # [V, H]
-    return kernels.linear_policy_loss(hidden, weight, targets, loss_fn, extras, ref, ref_weight, **options)
+
+    def from_ids(model: nn.Module) -> tuple[Tensor, kernels.TokenStats]:
+        hidden, targets = hidden_states(model, rows, device)  # [N, H], [N]
+        weight = head(model, hidden)  # [V, H]
+        return kernels.linear_policy_loss(hidden, weight, targets, loss_fn, extras, ref, ref_weight, **options)
+
+    result = inside(model, from_ids)
+    for done in (reference, None if torch.is_grad_enabled() else model):  # no backward will do it
+        if isinstance(done, FSDPModule):
+            done.reshard()
+    return result
+
+
+def inside(model: nn.Module, function: Callable, *args):
+    """function(model, *args), as a forward of the model where that is sharded: its embedding and head, which belong to
+    no block, are there (and their gradients are shared out) in a forward of the whole only."""
+    return model.inside(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
 
 
 def hidden_states(model: nn.Module, rows: Sequence[rl.TrainingSequence], device) -> tuple[Tensor, Tensor]:
@@ -880,11 +964,10 @@ def distribution(model: nn.Module, config: Config) -> dict:
 
 
 @torch.no_grad()
-def old_log_probs(model, rows: Sequence[rl.TrainingSequence], config: Config, device) -> None:
+def old_log_probs(model, rows: Sequence[rl.TrainingSequence], config: Config, ranks: Ranks) -> None:
     """Set row.old_logps: of the policy before the updates of this rollout, in the context of the loss."""
-    for micro in rl.micro_batches(rows, config.micro_batch_tokens):
-        hidden, targets = hidden_states(model, micro, device)
-        stats = kernels.linear_token_stats(hidden, head(model, hidden), targets, **distribution(model, config))
+    for micro in micro_batches(rows, config, ranks):
+        _, stats = score(model, micro, ranks.device, lambda stats: stats.logp.sum(), **distribution(model, config))
         lengths = [len(row.targets) for row in micro]
         for row, logps in zip(micro, stats.logp.split(lengths), strict=True):
             row.old_logps = logps
@@ -928,46 +1011,95 @@ def evaluate(run: Run) -> dict:
 # The run folder
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder whole or not at all: written under another name, flushed to the disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for file in (*temporary.rglob("*"), temporary):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: int = 0) -> None:
+    """Make a folder whole or not at all: written under another name, flushed to the disk, then renamed.
+
+    Every rank writes its part. UserError on all of them where one cannot; need: bytes of the whole, for its line.
+    """
+    temporary = ranks.first(lambda: path.with_name(f".{path.name}.{os.getpid()}"))
+    problem = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as the libraries call a full disk
+        problem = str(error).strip().splitlines()[-1]
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    problems = [line for line in ranks.gather([problem]) if line]
+    if ranks.rank == 0 and problems:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if problems:
+        free = shutil.disk_usage(temporary.parent).free
+        room = f"it needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+        raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
+    if ranks.rank == 0:
+        for file in (*temporary.rglob("*"), temporary):
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    ranks.barrier()
+
+
+def damaged(folder: Path, error: BaseException) -> UserError:
+    line = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    return UserError(f"{folder} is damaged ({line[0]}): remove it to resume from the one before it")
+
+
+def old_tensors(folder: Path, model: nn.Module) -> dict:
+    """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
+    saved = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")["optimizer"]
+    names = [name for name, _ in model.named_parameters()]
+    state = {names[i]: moments for i, moments in saved["state"].items()}
+    groups = [group | dict(params=names) for group in saved["param_groups"]]
+    return dict(weights=load_file(folder / "model.safetensors"), moments=dict(state=state, param_groups=groups))
 
 
 class RunFolder:
-    """What a run leaves behind. Only rank 0 writes."""
+    """What a run leaves behind. Only rank 0 looks and writes, but for the parts of a checkpoint."""
 
     # Flags that may change when a run goes on. `graphs` is one of an earlier version.
-    FREE = "resume output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device".split()
+    FREE = """resume resume_auto output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device shard_ranks
+        micro_batch_tokens""".split()
 
     def __init__(self, config: Config, ranks: Ranks):
         self.path, self.ranks, self.keep = Path(config.output_dir), ranks, config.keep_checkpoints
-        self.resume, self.flags = config.resume, json.loads(json.dumps(dataclasses.asdict(config)))
+        self.resume, self.auto, self.held = config.resume, config.resume_auto, None
+        self.flags = json.loads(json.dumps(dataclasses.asdict(config)))
 
     def open(self) -> dict | None:
-        """None for a new run; to resume, the state of the last checkpoint. UserError if that cannot be."""
-        if not self.resume:
+        """None for a new run; to resume, the position of the last checkpoint. UserError if that cannot be."""
+        return self.ranks.first(self.look)
+
+    def look(self) -> dict | None:
+        steps, file = self.checkpoints(), self.path / "config.json"
+        if not self.resume and not (self.auto and file.exists()):
             if self.path.is_file() or self.path.exists() and any(self.path.iterdir()):
                 raise UserError(f"--output_dir {self.path} exists and is not empty: use --resume, or another folder")
             return None
-        steps = self.checkpoints()
-        if not steps:
+        if not steps and not self.auto:
             raise UserError(f"--resume: {self.path} holds no checkpoint; start without --resume, in an empty folder")
+        self.lock("a")
+        if not steps:  # it ended before its first checkpoint
+            self.check(file, json.loads(file.read_text() or "{}"))
+            return None
         folder = self.checkpoint(steps[-1])
         try:
-            state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
-            state["weights"], saved = load_file(folder / "model.safetensors"), state.pop("config")
+            if (folder / "training_state.pt").exists():
+                state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+                del state["optimizer"]
+            else:
+                state = json.loads((folder / "training_state" / "position.json").read_text(encoding="utf-8"))
+            saved = state.pop("config")
         except Exception as error:  # a damaged file raises whatever the bytes lead to
-            damage = first_line(error)
-            raise UserError(f"{folder} is damaged ({damage}): remove it to resume from the one before it") from None
+            raise damaged(folder, error) from None
+        self.check(folder, saved)
+        return state
+
+    def check(self, source: Path, saved: dict) -> None:
+        """UserError where the run has flags of its own that the one to be continued had not."""
         changes = [
             f"{name} {saved[name]!r} -> {value!r}"
             for name, value in self.flags.items()
@@ -975,20 +1107,36 @@ class RunFolder:
         ]
         if changes:
             what = ", ".join(changes)
-            raise UserError(f"{folder} is from another config ({what}): use the same flags, or another --output_dir")
-        if self.ranks.rank == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self.cut(name, state["step"])
-        return state
+            raise UserError(f"{source} is from another config ({what}): use the same flags, or another --output_dir")
 
-    def create(self) -> None:
-        self.ranks.barrier()  # all have seen that it was not there
-        if self.ranks.rank == 0:
+    def lock(self, mode: str) -> None:
+        """Held until this process ends, however it does: one run at a time works in a folder."""
+        self.held = open(self.path / "config.json", mode)
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--output_dir {self.path}: another run is at work there; wait, or give another") from None
+
+    def close(self) -> None:
+        if self.held:
+            self.held.close()
+
+    def start(self, step: int) -> None:
+        """Make the folder, or what was logged after `step` undone; from here on the run is seen."""
+
+        def prepare() -> None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                if not self.held:
+                    self.lock("x")
             except OSError as error:
                 raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror}); give another") from None
-            (self.path / "config.json").write_text(json.dumps(self.flags, indent=1))
+            if step == 0:
+                (self.path / "config.json").write_text(json.dumps(self.flags, indent=1))
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self.cut(name, step)
+
+        self.ranks.first(prepare)
 
     def cut(self, name: str, step: int) -> None:
         """Drop the rows after `step`, and a last row that was cut off by a crash."""
@@ -1014,16 +1162,23 @@ class RunFolder:
         names = [p.name.removeprefix("step_") for p in self.checkpoint(0).parent.glob("step_*")]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    def save(self, run: Run, state: dict) -> None:
         """Write checkpoints/step_N, and remove all but the last few and the best."""
 
         def write(folder: Path) -> None:
-            policy.save(folder)
-            whole = state | dict(config=self.flags, optimizer=optimizer.state_dict())
-            torch.save(whole, folder / "training_state.pt")
+            dcp.save(run.tensors(), checkpoint_id=folder / "training_state")
+            if self.ranks.rank == 0:
+                run.policy.save(folder)
+                position = json.dumps(state | dict(config=self.flags), ensure_ascii=False)
+                (folder / "training_state" / "position.json").write_text(position, encoding="utf-8")
 
+        need = sum(12 * p.numel() for p in run.model.parameters())  # weights and two moments, and the policy
+        need += sum(p.nbytes for p in run.actor.parameters())
         if self.ranks.rank == 0:
-            write_folder(self.checkpoint(state["step"]), write)
+            for unfinished in self.checkpoint(0).parent.glob(".step_*"):  # of a run that was killed
+                shutil.rmtree(unfinished)
+        write_folder(self.checkpoint(state["step"]), write, self.ranks, need)
+        if self.ranks.rank == 0:
             for step in self.checkpoints()[: -self.keep]:
                 if step != state["best_step"]:
                     shutil.rmtree(self.checkpoint(step))
@@ -1075,24 +1230,58 @@ class Ranks:
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One collective over all gradients. Not DDP: its averaging and its count of backward passes per step are what
-        global weights and token-budget micro-batches, of which ranks may have different numbers, do not want."""
+    def first(self, make: Callable, send: Callable = lambda made: made):
+        """make() of rank 0: the other ranks get send(it). What it raises for the user is raised on all."""
+        made = error = None
+        if self.rank == 0:
+            try:
+                made = make()
+            except ValueError as caught:
+                error = caught
         if self.size > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
-            dist.all_reduce(flat)
-            for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(grad.view_as(p))
+            sent = [send(made) if self.rank == 0 and error is None else None, error]
+            dist.broadcast_object_list(sent, src=0)
+            made, error = (made if self.rank == 0 else sent[0]), sent[1]
+        if error is not None:
+            raise error
+        return made
 
-    def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give all ranks the values of rank 0."""
-        for p in parameters:
-            if self.size > 1:
-                dist.broadcast(p.data, src=0)
+    def shard(self, whole: nn.Module, shard_ranks: int | None) -> nn.Module:
+        """The model with its weights (so gradients and optimizer, too) shared out over the ranks, from those of rank 0;
+        with one rank the model as it is.
+
+        FSDP2: a forward gathers one block at a time. Gradients are summed, not averaged: loss weights are global.
+        """
+        if self.size == 1:
+            return whole.to(self.device)
+        model, kind, n = hollow(whole, device="meta"), self.device.type, shard_ranks or self.size
+        mesh = init_device_mesh(kind, (self.size // n, n), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh["shard"] if n == self.size else mesh
+        lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+        blocks = next(m for m in lists if len(m) == model.config.num_hidden_layers)
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.to_empty(device=self.device)
+        for ours, theirs in zip(model.buffers(), whole.buffers(), strict=True):
+            ours.copy_(theirs)
+        weights = whole.state_dict() if self.rank == 0 else {}
+        set_model_state_dict(
+            model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
+        model.inside = lambda function, *args: function(model, *args)
+        register_fsdp_forward_method(model, "inside")
+        return model
 
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, of which each rank may hold a part. A collective, then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1167,8 +1356,80 @@ def describe(config: Config, task: tasks.Task) -> None:
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
+    model, on_gpu = meta_model(config, task), torch.cuda.is_available() and config.device != "cpu"
+    config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
+    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu:
+        there = torch.cuda.get_device_properties(0).total_memory
+    print("memory of each rank, GB")
+    for name, size in parts.items():
+        print(f"  {name:24}{size / 1e9:.3f}")
+    total = sum(parts.values())
+    fits = "fits" if total < there else "DOES NOT FIT; more ranks, --gradient_checkpointing, --cache_gb help"
+    print(f"  {'together':24}{total / 1e9:.3f} of {there / 1e9:.1f}: {fits}")
+
+
+def meta_model(config: Config, task: tasks.Task) -> nn.Module:
+    """The model as its config says, without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.model == "tiny":
+        return tiny_policy(config, task).model
+    path = Path(config.model)
+    name, file = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
+    try:
+        shape = AutoConfig.from_pretrained(str(name), **file)
+    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
+        raise UserError(f"--model {config.model}: its config cannot be read ({first_line(error)})") from None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape)
+
+
+def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    share, half = weights / (config.shard_ranks or ranks), 2 if on_gpu else 1
+    _, width = layer_widths(model)
+    cache = tokens / ranks * 2 * width * model.config.num_hidden_layers * 4 / half
+    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    return dict(
+        weights=share,
+        gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
+        optimizer=2 * share,
+        rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
+        reference=share if config.kl_coef or config.kl_coef_end else 0,
+        cache=min(cache, 1e9 * (config.cache_gb or math.inf)),
+        activations=config.micro_batch_tokens * a_token + logits,
+    )
+
+
+def layer_widths(model: nn.Module) -> tuple[int, int]:
+    """(floats that a layer keeps of a token for the backward, as counted for Llama; the width of its keys)."""
+    shape = model.config
+    heads = shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    keys = (getattr(shape, "num_key_value_heads", None) or heads) * size
+    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    return 8 * shape.hidden_size + 4 * inner + 2 * keys, keys
+
+
+def micro_batch_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int]:
+    """(bytes that a token keeps for the backward, bytes of a chunk of logits with the reference's and gradients)."""
+    shape, (layer, _) = model.config, layer_widths(model)
+    layers, vocabulary = shape.num_hidden_layers, shape.vocab_size
+    kept = layers * shape.hidden_size + layer if config.gradient_checkpointing else layers * layer
+    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
+    return 4 * kept, 12 * chunk * vocabulary
+
+
+def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
+    """micro_batch_tokens of a pretrained model: activations of 8 GB on a GPU, 0.75 GB on a CPU."""
+    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    room = (8e9 if on_gpu else 0.75e9) - logits
+    return int(min(16384, max(128, room / a_token)))
 
 
 def show(config: Config, task: tasks.Task) -> None:
@@ -1202,26 +1463,35 @@ def report(summary: dict, config: Config) -> None:
 
 def main(config: Config) -> None:
     disable_progress_bar()  # those of transformers, for every load and save
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as wanted
     with user_errors():
-        ranks = Ranks.start(config.device)
         task = tasks.make_task(config.task, **parse_options(config.task_options))
         config = resolve(config, task)
         if config.dry_run or config.show:
             look = describe if config.dry_run else show
-            return look(config, task) if ranks.rank == 0 else None
+            return look(config, task) if os.environ.get("RANK", "0") == "0" else None
+        folder = RunFolder(config, Ranks.start(config.device))
+    with closing(folder):
+        work(config, task, folder)
+
+
+def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
+    """All of a run: from its folder, and to it."""
+    with user_errors():
         torch.manual_seed(config.seed)
-        folder = RunFolder(config, ranks)
         state = folder.open()
-        run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
+        run = Run(config, task, starting_policy(config.model, config, task, folder.ranks), folder.ranks)
         run.explorer.check_problems(run.problems, run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
             began, base = time.perf_counter(), evaluate(run)
             state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)
             state["seconds"] = time.perf_counter() - began
-            folder.create()
+        else:
+            run.load(folder.checkpoint(state["step"]))
+        folder.start(state["step"])
     if not config.eval_only:
         run.train(folder, state)
-    if ranks.rank == 0:
+    if folder.ranks.rank == 0:
         summary = run.summary(state)
         (folder.path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
         draw(folder, task, summary["base_evaluation"])
@@ -1235,6 +1505,9 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the last checkpoint, if there is one, is whole", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
