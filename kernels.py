@@ -20,8 +20,7 @@ which also merges the parts of a row. Backward: whatever the loss, its gradient 
     dt_j = p_j [ -g_logp - g_H (z_j - <z>) + g_KL (D_j - <D>) ] + g_logp 1{j = y}           dx_j = dt_j * dt_j/dx_j
 so one elementwise kernel and five saved numbers per row (m, s, <z>, n, <D>) serve every loss.
 
-The last third is what one decode step of the sampler is made of: the decoder written out, the draw of a token, and for
-GPUs attention to a tree of cached tokens and the capture of a step as a CUDA graph.
+The last quarter is what one decode step of the sampler is made of: the decoder written out, the draw of a token.
 """
 
 from __future__ import annotations
@@ -52,7 +51,6 @@ AUTO_ON_GPU = "torch"
 BLOCK = 1024  # logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers
 ROW_PROGRAMS = 132 * 32  # one-warp programs that fill the 132 multiprocessors of an H100 or H200
 MAX_SPLITS = 64  # parts of a row, when there are too few rows
-TREE_PROGRAMS = 512  # of tree_attention, of four warps each: what fills a GPU with few rows
 
 LOWEST = -1.0e30  # z where p = 0: a product with it is 0, with -inf it would be NaN
 HIGHEST = 1.0e33  # D where the reference has no mass, for the same reason; V of them still add up to a finite number
@@ -829,154 +827,24 @@ def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 
 
 def stream(seed: int) -> int:
     """The stream of random numbers of `seed`, any int modulo 2^64."""
-    return _mix(seed, 2**64 - 1)
+    return _mix(seed)
 
 
-def uniform(stream: int | Tensor, t: int | Tensor) -> float | Tensor:
-    """Number t of a stream, uniform in (0, 1): a float for ints, fp64 for int64 tensors (of streams modulo 2^64).
+def uniform(stream: int, t: int) -> float:
+    """Number t of a stream, uniform in (0, 1).
 
     splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
     on what else is in the batch.
 
     >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
     [0.8833, 0.4315, 0.7497, 0.3724]
-    >>> uniform(torch.tensor([stream(0)]), torch.tensor([1]))
-    tensor([0.4315], dtype=torch.float64)
     """
-    on_device = isinstance(stream, Tensor)
-    bits = _mix(stream - (t + 1) * 0x61C8864680B583EB, -1 if on_device else 2**64 - 1) >> 16 & (1 << 48) - 1
-    return ((bits.double() if on_device else bits) + 0.5) * 2.0**-48
+    return ((_mix(stream + (t + 1) * 0x9E3779B97F4A7C15) >> 16) + 0.5) * 2.0**-48
 
 
-def _mix(x, ones):
-    """The finaliser of splitmix64: constants modulo 2^64, logical shifts; int64 wraps around by itself (ones = -1)."""
-    x = x & ones
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47 & ones
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15 & ones
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-# ---------------------------------------------------------------------- a decode step: attention to a tree, in Triton
-
-
-@jit
-def _locate(SPANS, p, layer, head, NUM_SPANS: tl.constexpr, BYTES: tl.constexpr):
-    """The addresses of the keys of positions p, and of their values."""
-    keys = p * 0
-    values = p * 0
-    for i in tl.static_range(NUM_SPANS):  # from the root of the tree to the leaf
-        first = tl.load(SPANS + 4 * i)
-        apart = tl.load(SPANS + 4 * i + 3)
-        here = tl.load(SPANS + 4 * i + 1) + 2 * layer * apart + head * tl.load(SPANS + 4 * i + 2) + (p - first) * BYTES
-        keys = tl.where(p >= first, here, keys)
-        values = tl.where(p >= first, here + apart, values)
-    return keys, values
-
-
-@jit
-def _tree_kernel(QUERY, KV, SPANS, POSITIONS, PARTS, PEAKS, MASSES, stride_query, stride_kv, layer,
-                 scale: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, NUM_SPANS: tl.constexpr,
-                 SPLITS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, key head, split): a group of query heads against a part of the cached keys, by online softmax. The
-    first part takes the new key and value too, and stores them."""
-    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
-    POINTER: tl.constexpr = tl.pointer_type(KV.dtype.element_ty)
-    BYTES: tl.constexpr = D * KV.dtype.element_ty.primitive_bitwidth // 8
-    position = tl.load(POSITIONS + row)
-    SPANS += row * (NUM_SPANS * 4)
-    d, g = tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    whole = (g[:, None] < GROUP) & (d[None, :] < D)
-    QUERY += row * stride_query + head * (GROUP * D)
-    query = tl.load(QUERY + g[:, None] * D + d[None, :], mask=whole, other=0.0)  # [HEADS, WIDTH]
-    part = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    begin = split * part
-    end = tl.minimum(begin + part, position)
-    peak = tl.full([HEADS], -float("inf"), tl.float32)
-    mass = tl.zeros([HEADS], tl.float32)
-    out = tl.zeros([HEADS, WIDTH], tl.float32)
-    for start in range(begin, end, BLOCK):
-        p = start + tl.arange(0, BLOCK)  # [BLOCK]
-        at_keys, at_values = _locate(SPANS, p, layer, head, NUM_SPANS, BYTES)
-        seen = (p < end)[:, None] & (d[None, :] < D)
-        # the hints make 16-byte loads of them
-        KEYS = tl.multiple_of(at_keys.to(POINTER), 16)[:, None] + d[None, :]
-        VALUES = tl.multiple_of(at_values.to(POINTER), 16)[:, None] + d[None, :]
-        keys = tl.load(KEYS, mask=seen, other=0.0)  # [BLOCK, WIDTH]
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale  # [HEADS, BLOCK]
-        scores = tl.where(p[None, :] < end, scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        values = tl.load(VALUES, mask=seen, other=0.0)  # [BLOCK, WIDTH]
-        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        mass = mass * shrink + tl.sum(weights, 1)
-        peak = new_peak
-    if split == 0:
-        new = KV + row * stride_kv + head * D + d
-        key = tl.load(new, mask=d < D, other=0.0)  # [WIDTH]
-        value = tl.load(new + heads * D, mask=d < D, other=0.0)
-        at_keys, at_values = _locate(SPANS, position, layer, head, NUM_SPANS, BYTES)
-        tl.store(at_keys.to(POINTER) + d, key, mask=d < D)
-        tl.store(at_values.to(POINTER) + d, value, mask=d < D)
-        score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1) * scale  # [HEADS]
-        new_peak = tl.maximum(peak, score)
-        shrink, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-        out = out * shrink[:, None] + weight[:, None] * value[None, :].to(tl.float32)
-        mass = mass * shrink + weight
-        peak = new_peak
-    at = ((row * heads + head) * GROUP + g) * SPLITS + split  # [HEADS]
-    tl.store(PARTS + at[:, None] * D + d[None, :], out, mask=whole)
-    tl.store(PEAKS + at, peak, mask=g < GROUP)
-    tl.store(MASSES + at, mass, mask=g < GROUP)
-
-
-def tree_attention(query: Tensor, kv: Tensor, spans: Tensor, positions: Tensor, layer: int, scale: float) -> Tensor:
-    """One decode step of R rows in one layer: store the new keys and values, attend to all that each row sees.
-
-    query [R, H, D]; kv [R, 2J, D], the keys of J heads and then their values; positions int64 [R]: the new token's, so
-    that it sees `position` cached tokens and itself. Returns [R, H, D]. fp32, fp16 or bf16; only rows may have gaps.
-    The cache, of kv's dtype, may lie in any number of tensors; spans int64 [R, S, 4] say where. Span i holds a row from
-    position `first` to that of span i + 1 (one that is not used begins beyond all positions). In bytes,
-        key of layer l, head j, position p    address + 2 l apart + j stride + (p - first) D size
-        its value                             `apart` further
-    where spans[r, i] is (first, address, stride, apart), all but `first` multiples of 16. Addresses are data and not
-    arguments: one CUDA graph serves every tree. A prefix that rows share is in memory once, and each row reads it,
-    mostly from the GPU's second-level cache. The current device must be that of the tensors.
-    """
-    rows, heads, d = query.shape
-    kv_heads, group = kv.shape[1] // 2, 2 * heads // kv.shape[1]
-    splits = triton.next_power_of_2(max(1, min(16, TREE_PROGRAMS // (rows * kv_heads))))
-    parts = torch.empty(rows, heads, splits, d, device=query.device)
-    peaks, masses = torch.empty(2, rows, heads, splits, device=query.device)
-    padded = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(d))  # as tl.dot wants them
-    block = 16 if query.element_size() == 4 else 64  # what fits into the registers
-    _tree_kernel[rows, kv_heads, splits](
-        query, kv, spans, positions, parts, peaks, masses, query.stride(0), kv.stride(0), layer, scale / math.log(2),
-        group, d, spans.shape[1], splits, *padded, block, num_warps=4, num_stages=2)
-    weights = torch.exp2(peaks - peaks.amax(-1, keepdim=True))  # [R, H, splits]
-    weights = weights / (weights * masses).sum(-1, keepdim=True)
-    return (weights[:, :, None] @ parts)[:, :, 0].to(query.dtype)
-
-
-def captured(step: Callable[[], None], pool, compiled: bool = False) -> Callable[[], None]:
-    """`step`, which reads and writes fixed tensors, as one launch: recorded as a CUDA graph, after torch.compile if
-    `compiled`. It is run twice for that. pool: where the graph has its memory, `torch.cuda.graph_pool_handle()`; graphs
-    that never run at the same time can share one, and some of them must live as long as new ones are recorded. Without
-    a pool (on a CPU) nothing is recorded.
-    """
-    if compiled:
-        torch._dynamo.config.recompile_limit = 256  # Dynamo gives up on a function after 8 shapes
-        step = torch.compile(step, dynamic=False)
-    if pool is None:
-        return step
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x &= 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31

@@ -8,7 +8,7 @@ and the next request of its program joins the rows that are still being decoded.
 
 Reading order: Sampler.sample -> run (the loop) -> _advance (draw a token of every row) -> _compute (which tokens need a
 forward) -> _Forward (one forward: where keys are written, what each token attends to) -> _Piece (one batched attention)
--> _Arena (memory). On a GPU, if asked to, _Window does what _compute and the draw do, several tokens at a time.
+-> _Arena (memory).
 
 Legend: N tokens of a forward, R rows, H query heads, J key heads, G = H / J query heads per key head, D head size,
 F segments of a piece, M queries per segment, L keys per segment, V vocabulary, E width.
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kernels import LlamaBlocks, captured, draw_tokens, scaled_logits, stream, tree_attention, triton_runs, uniform
+from kernels import LlamaBlocks, draw_tokens, scaled_logits, stream, uniform
 
 ATTENTION = "sesa_tree"  # our name in transformers' public registry of attention functions
 
@@ -103,12 +103,7 @@ class Sampler:
     memory_gb: budget for keys and values; rows that do not fit wait, and are computed again when they come back.
     max_forward_tokens: longer prefills are cut into several forwards.
     share_from: a fork of fewer tokens than this copies them instead of sharing (one attention call less per layer).
-    graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between, where all rows are
-        decoded alike and without top-p; "compiled" passes what is captured through torch.compile first (a minute for
-        every number of rows). They draw what "off" draws, up to rounding, and take memory beside memory_gb: about that
-        of the logits four times. For GPUs and Llama-like models; neither has run on a GPU yet.
-    ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores),
-    and for one that graphs do not take.
+    ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores).
 
     >>> _ = torch.manual_seed(0)
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,7 +122,7 @@ class Sampler:
     def __init__(
         self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
         decode: Callable[[list[int]], str] | None = None, max_rows: int = 256, memory_gb: float | None = None,
-        max_forward_tokens: int = 4096, share_from: int = 33, graphs: str = "off",
+        max_forward_tokens: int = 4096, share_from: int = 33,
     ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
@@ -140,10 +135,8 @@ class Sampler:
         self._arena = _Arena(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._forward: _Forward | None = None  # the last forward, kept for as long as its rows decode in step
-        self._next_row, self.graphs, self._windows = 0, "off", {}
+        self._next_row = 0
         self._check_model()
-        if graphs != "off":
-            self._check_graphs(graphs)
         self.stop_ids = frozenset(stop_ids)
 
     # ------------------------------------------------------------------------------------------------ rows
@@ -281,12 +274,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _advance(self, active: _Batch) -> list[_Draft]:
-        """Draw the next token of every row, or with graphs the next few; returns the rows that end."""
-        if self.graphs != "off" and active.in_step():
-            try:
-                return self._draw_window(active)
-            except _NoRoom:
-                pass  # one token may fit where several do not
+        """Draw the next token of every row; returns the rows that end."""
         hidden, done = self._compute(active.leaves), []  # [R, E]
         for distribution, members in active.groups:
             drafts = [active.drafts[i] for i in members]
@@ -297,32 +285,11 @@ class Sampler:
         self.stats.decode_steps += 1
         return done
 
-    def _draw_window(self, active: _Batch) -> list[_Draft]:
-        """`_advance` by several tokens at once. The last one is left to be computed, as always."""
-        drafts, leaves, before = active.drafts, active.leaves, self.stats.generated_tokens
-        steps = min(_Window.STEPS, *(draft.params.max_new_tokens - len(draft.ids) for draft in drafts))
-        self._arena.reserve([(leaf, len(leaf.ids) + steps - 1) for leaf in leaves])
-        spans, distribution, done = [leaf.spans() for leaf in leaves], active.groups[0][0], []
-        key = _round_up(len(leaves), 1, 64), _round_up(max(map(len, spans)) // 4, 1, 64), distribution
-        with torch.cuda.device_of(self._head.weight):
-            if key not in self._windows:
-                self._windows[key] = _Window(self, *key)
-            for tokens, logps in self._windows[key].draw(drafts, spans, steps):
-                done += self._accept(drafts, tokens, logps)
-        for leaf in leaves:
-            leaf.cached, leaf.hidden = len(leaf.ids) - 1, None
-        self._forward, stats = None, self.stats
-        stats.decode_tokens += stats.generated_tokens - before
-        stats.forwards += steps
-        stats.decode_steps += steps
-        return done
-
     def _accept(self, drafts: list[_Draft], tokens: list[int], logps: list[float]) -> list[_Draft]:
-        """Append a token to every row that has not ended; returns the rows that end with it."""
+        """Append a token to every row; returns the rows that end with it."""
         if not math.isfinite(sum(logps)):
             raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
-        running = [entry for entry in zip(drafts, tokens, logps, strict=True) if not entry[0].finish_reason]
-        for draft, token, logp in running:
+        for draft, token, logp in zip(drafts, tokens, logps, strict=True):
             draft.ids.append(token)
             draft.logps.append(logp)
             draft.leaf.ids.append(token)
@@ -331,8 +298,8 @@ class Sampler:
                 draft.finish_reason = "stop"
             elif len(draft.ids) == draft.params.max_new_tokens:
                 draft.finish_reason = "length"
-        self.stats.generated_tokens += len(running)
-        return [draft for draft, _, _ in running if draft.finish_reason]
+        self.stats.generated_tokens += len(drafts)
+        return [draft for draft in drafts if draft.finish_reason]
 
     def _ends_with_text(self, draft: _Draft) -> bool:
         # A new match ends at the last token, and no token is shorter than a byte; the 4 spare tokens are for decoders
@@ -487,27 +454,6 @@ class Sampler:
             )
         self.share_from, self.stats = share_from, Stats()
 
-    def _check_graphs(self, graphs: str) -> None:
-        """Refuse what graphs cannot do, and compare the first window with decoding token by token."""
-        device, size = self._arena.device, self._arena.dtype.itemsize
-        fits = self._blocks and size <= 4 and self._arena.head_size * size % 16 == 0
-        if graphs not in ("on", "compiled") or not (fits and triton_runs(device)):
-            raise ValueError(
-                f"graphs={graphs!r} on {device} for {type(self._twin).__name__}: must be off, or on or compiled with a "
-                "GPU, Triton, and a model like Llama, Qwen2 or Qwen3 whose heads have a multiple of 16 bytes"
-            )
-        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        third = []  # the log-prob of a third token, which is the first that comes from a window
-        for self.graphs in ("off", graphs):
-            rows = self.prefill([[i % self._vocab for i in range(11)]])
-            rows += self.fork(rows, 1)
-            third.append(self.sample(rows, SamplingParams(temperature=0, max_new_tokens=3), [0, 0])[1].logps[2])
-            self.release(rows)
-        if not (gap := abs(third[0] - third[1])) < (1e-3 if size == 4 else 0.1):
-            raise ValueError(f"graphs={graphs!r} gives log-probs that are off by {gap:.3g} here: use graphs='off'")
-        self.stats = Stats()
-
-
 # ---------------------------------------------------------------------------------------------------- records
 
 
@@ -557,11 +503,6 @@ class _Segment:
             segment = segment.parent
         return (segment, length - segment.base) if segment else (None, 0)
 
-    def spans(self) -> list[int]:
-        """From the root to here, where the keys of each segment lie: four numbers as `tree_attention` takes them."""
-        above = self.parent.spans() if self.parent else []
-        return [*above, self.base, *self.slab.address(self.slot)]
-
     def take_back_one(self) -> None:
         """An empty segment takes the last token of its parent, to be computed again: its hidden state is not known."""
         self.base -= 1
@@ -600,13 +541,6 @@ class _Batch:
             params = draft.params
             groups[params.temperature, params.top_p, params.top_k, params.min_p].append(i)
         self.groups = list(groups.items())
-
-    def in_step(self) -> bool:
-        """Whether a `_Window` can draw: no top-p, which the host must look at, and every row waits for the one token
-        that it has drawn, in memory of its own (`_root` gives it to a new fork)."""
-        alike = len(self.groups) == 1 and self.groups[0][0][1] == 1
-        return alike and all(leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
-
 
 @dataclass(eq=False)
 class _Draft:
@@ -860,58 +794,6 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
 AttentionInterface.register(ATTENTION, _tree_attention)
 
 
-class _Window:
-    """STEPS decode steps of R rows that the host only starts: forward, draw, store. What differs from step to step and
-    from tree to tree lies in tensors of fixed address, so that a step can be one CUDA graph; the host looks at what was
-    drawn after the last step, and forgets what a row drew beyond its end. Rows that are not used write to `idle`.
-    """
-
-    STEPS = 4  # more would keep a program waiting whose rows have ended
-
-    def __init__(self, sampler: Sampler, rows: int, depth: int, distribution: tuple):
-        self.blocks, self.head, self.softcap = sampler._blocks, sampler._head, sampler._softcap
-        self.distribution, self.reach, arena = distribution, sampler.max_positions, sampler._arena
-        self.idle = torch.zeros(self.STEPS * arena.head_size, dtype=arena.dtype, device=arena.device)
-        self.state = torch.zeros(4 + 4 * depth, rows, dtype=torch.int64, device=arena.device)
-        self.input_ids, self.positions, self.randoms, self.counts = self.state[:4]
-        self.spans = self.state[4:].view(rows, depth, 4)
-        self.spans[:, :, 1] = self.idle.data_ptr()
-        self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
-        self.ids = torch.zeros(self.STEPS, rows, dtype=torch.int64, device=arena.device)
-        self.logps = self.ids.float()
-        self.step()
-        self.angles = self.blocks.cos, self.blocks.sin  # made by now; a graph does not keep what it reads alive
-        self.run = captured(self.step, sampler._graph_pool, sampler.graphs == "compiled")
-
-    def step(self) -> None:
-        logits, u = self.head(self.blocks.forward(self)), uniform(self.randoms, self.counts)  # [R, V], [R]
-        ids, logps = draw_tokens(logits, u, *self.distribution, self.softcap)
-        self.ids.index_copy_(0, self.step_number, ids[None])
-        self.logps.index_copy_(0, self.step_number, logps[None])
-        self.input_ids.copy_(ids)
-        for count in (self.positions, self.counts, self.step_number):
-            count.add_(1)
-
-    def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
-        return tree_attention(query, kv, self.spans, self.positions, layer, scale)
-
-    def draw(self, drafts: list[_Draft], spans: list[list[int]], steps: int) -> Iterable[tuple[list, list]]:
-        """The tokens and log-probs of every step."""
-        rows, depth, _ = self.spans.shape
-        idle, beyond, nowhere = [0] * (rows - len(drafts)), [2**62, 0, 0, 0], [0, self.idle.data_ptr(), 0, 0]
-        randoms = [(draft.stream + 2**63) % 2**64 - 2**63 for draft in drafts]  # as int64
-        state = [draft.leaf.ids[-1] for draft in drafts] + idle + [draft.leaf.length - 1 for draft in drafts] + idle
-        state += randoms + idle + [len(draft.ids) for draft in drafts] + idle
-        for row in spans:
-            state += row + beyond * (depth - len(row) // 4)
-        self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)).view_as(self.state))
-        self.step_number.zero_()
-        for _ in range(steps):
-            self.run()
-        drawn = (values[:steps, : len(drafts)].tolist() for values in (self.ids, self.logps))
-        return zip(*drawn, strict=True)
-
-
 # ---------------------------------------------------------------------------------------------------- memory
 
 
@@ -932,13 +814,6 @@ class _Slab:
         self.slots = self.kv.shape[2]
         self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]  # keys and values, [slots * J, capacity, D]
         self.flat = [layer.flatten(0, 3) for layer in self.kv]  # [2 * slots * J * capacity, D]
-        self.begin, self.bytes = self.kv.data_ptr(), [self.kv.element_size() * n for n in self.kv.stride()[1:4]]
-
-    def address(self, slot: int) -> tuple[int, int, int]:
-        """Of a slot's first key; from there to the next head's, and to its value: in bytes."""
-        to_value, to_slot, to_head = self.bytes
-        return self.begin + slot * to_slot, to_head, to_value
-
 
 class _Arena:
     """Memory for segments, in slabs of equal capacity: a segment that outgrows its slot moves to the next capacity.
