@@ -1,5 +1,4 @@
-"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states, and a decode step: plain
-torch and Triton.
+"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states: plain torch and Triton.
 
 The [N, V] logits are where RL of language models runs out of memory and time. A loss needs four numbers per token, so
 four numbers per token are what this file returns; ratios, clipping, k1/k3 and advantages stay in torch on [N].
@@ -19,8 +18,6 @@ pass (online softmax) the maxima grow to m', n': with a = exp(m - m'), dm = m - 
 which also merges the parts of a row. Backward: whatever the loss, its gradient is affine in z and D row by row,
     dt_j = p_j [ -g_logp - g_H (z_j - <z>) + g_KL (D_j - <D>) ] + g_logp 1{j = y}           dx_j = dt_j * dt_j/dx_j
 so one elementwise kernel and five saved numbers per row (m, s, <z>, n, <D>) serve every loss.
-
-The last quarter is what one decode step of the sampler is made of: the decoder written out, the draw of a token.
 """
 
 from __future__ import annotations
@@ -30,12 +27,11 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 try:
     import triton
@@ -699,152 +695,3 @@ def _loss_and_gradients(loss_fn, stats: TokenStats, extras: list[Tensor]) -> tup
     used = [x for x in leaves if x is not None]
     grads = torch.autograd.grad(loss, used, allow_unused=True) if loss.requires_grad else [None] * len(used)
     return loss.detach(), [*grads, *[None] * (3 - len(used))]
-
-
-# ---------------------------------------------------------------------------------------- a decode step: the decoder
-
-
-class LlamaBlocks:
-    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
-    small model is the module tree around its matrix products. Used where the parts are there under their usual names
-    and the logits agree with the model's own (Sampler checks); everything else takes transformers' forward.
-    """
-
-    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
-
-    def __init__(self, decoder: torch.nn.Module, config: Any):
-        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
-        self.layers = []
-        for layer in decoder.layers:
-            attn, mlp = layer.self_attn, layer.mlp
-            norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
-                raise AttributeError("a projection is not a plain linear layer")
-            weights = [(module.weight, module.bias) for module in linear]
-            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
-        self.kv_heads = config.num_key_value_heads
-        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
-        self.eps = decoder.norm.variance_epsilon
-        self.cos = self.sin = None  # [positions, 1, D]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> LlamaBlocks | None:
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") not in cls.STATIC_ROPE:
-            return None
-        try:
-            return cls(model.base_model, model.config)
-        except AttributeError:
-            return None
-
-    def forward(self, tree: Any) -> Tensor:
-        """Hidden states after the last norm, [N, E]."""
-        x = self.embed(tree.input_ids)  # [N, E]
-        cos, sin = self._angles(tree, x)  # [N, 1, D]
-        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
-            h = self._rms(norms[0], x)
-            both = torch.cat([linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
-            turned = both[:, : -self.kv_heads]  # queries and keys
-            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
-                if norm is not None:
-                    part.copy_(self._rms(norm, part))
-            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
-            swapped = turned.roll(self.head_size // 2, -1)
-            turned.mul_(cos).addcmul_(swapped, sin)
-            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
-            x = x + linear(tree.attend(i, query, kv, scale).flatten(1), *o)
-            h = self._rms(norms[1], x)
-            x = x + linear(act(linear(h, *gate)).mul_(linear(h, *up)), *down)
-        return self._rms(self.norm, x)
-
-    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
-
-    def _angles(self, tree: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cos is None or len(self.cos) < tree.reach:
-            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
-            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
-            half = sin.shape[-1] // 2
-            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
-
-
-# ------------------------------------------------------------------------------------------- a decode step: the draw
-
-
-def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-                min_p: float = 0.0, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
-
-    The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
-    0 is never drawn. The log-prob is that of the distribution drawn from, after `truncate`; temperature 0 takes the
-    most likely token and reports the log-prob at temperature 1.
-
-    >>> logits = torch.tensor([[0.2, 0.7, 0.1]]).log()
-    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]))
-    >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
-    ([1], [0.7])
-    """
-    scores = scaled_logits(logits, temperature or 1.0, softcap)  # [R, V]
-    if temperature and (top_k or top_p < 1 or min_p):
-        scores = truncate(scores, top_p, top_k, min_p)
-    probs = scores.softmax(-1)
-    if temperature:
-        running = probs.cumsum(-1, dtype=torch.float64)
-        ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
-        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
-    else:
-        ids = scores.argmax(-1, keepdim=True)
-    return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
-
-
-def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
-    """Scores [R, V] with -inf where top-k, then top-p, then min-p leave nothing. At least one token stays.
-
-    top-k keeps the k largest; top-p the most likely tokens, as few as reach the probability top_p among those kept by
-    top-k; min-p those of at least min_p times the largest probability. Ties with the last one that is kept stay too.
-
-    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
-    tensor([[0.5000, 0.3000, 0.0000]])
-    """
-    vocab = scores.shape[-1]
-    if 0 < top_k < vocab:
-        scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        probs = scores.double().softmax(-1)
-        for k in (min(256, vocab), vocab):  # a full sort only for a row that is as flat as to need it
-            ranked = probs.topk(k, dim=-1).values  # [R, k]
-            enough = (ranked.cumsum(-1) < top_p).sum(-1, keepdim=True)  # [R, 1]
-            if k == vocab or (enough < k).all():
-                break
-        scores = scores.masked_fill(probs < ranked.gather(-1, enough.clamp(max=k - 1)), -torch.inf)
-    if min_p:
-        scores = scores.masked_fill((scores - scores.amax(-1, keepdim=True)).double().exp() < min_p, -torch.inf)
-    return scores
-
-
-def stream(seed: int) -> int:
-    """The stream of random numbers of `seed`, any int modulo 2^64."""
-    return _mix(seed)
-
-
-def uniform(stream: int, t: int) -> float:
-    """Number t of a stream, uniform in (0, 1).
-
-    splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
-    on what else is in the batch.
-
-    >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
-    [0.8833, 0.4315, 0.7497, 0.3724]
-    """
-    return ((_mix(stream + (t + 1) * 0x9E3779B97F4A7C15) >> 16) + 0.5) * 2.0**-48
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64."""
-    x &= 2**64 - 1
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return x ^ x >> 31

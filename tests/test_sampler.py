@@ -35,8 +35,8 @@ from transformers import (
 )
 
 import sampler as sampler_module
-from kernels import draw_tokens, stream, token_stats, truncate, uniform
-from sampler import Sampler, SamplingParams, Stats
+from kernels import token_stats
+from sampler import Sampler, SamplingParams, Stats, draw_tokens, stream, truncate, uniform
 
 VOCAB, STOP = 97, 7
 STOPS = [STOP, 23, 41, 60, 88]  # several, so that rows end at different times
