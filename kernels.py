@@ -1,5 +1,4 @@
-"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states, and a decode step: plain
-torch and Triton.
+"""Log-prob, entropy and exact KL of every token, from logits or straight from hidden states: plain torch and Triton.
 
 The [N, V] logits are where RL of language models runs out of memory and time. A loss needs four numbers per token, so
 four numbers per token are what this file returns; ratios, clipping, k1/k3 and advantages stay in torch on [N].
@@ -19,9 +18,6 @@ pass (online softmax) the maxima grow to m', n': with a = exp(m - m'), dm = m - 
 which also merges the parts of a row. Backward: whatever the loss, its gradient is affine in z and D row by row,
     dt_j = p_j [ -g_logp - g_H (z_j - <z>) + g_KL (D_j - <D>) ] + g_logp 1{j = y}           dx_j = dt_j * dt_j/dx_j
 so one elementwise kernel and five saved numbers per row (m, s, <z>, n, <D>) serve every loss.
-
-The last third is what one decode step of the sampler is made of: the decoder written out, the draw of a token, and for
-GPUs attention to a tree of cached tokens and the capture of a step as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,12 +27,11 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 try:
     import triton
@@ -52,7 +47,6 @@ AUTO_ON_GPU = "torch"
 BLOCK = 1024  # logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers
 ROW_PROGRAMS = 132 * 32  # one-warp programs that fill the 132 multiprocessors of an H100 or H200
 MAX_SPLITS = 64  # parts of a row, when there are too few rows
-TREE_PROGRAMS = 512  # of tree_attention, of four warps each: what fills a GPU with few rows
 
 LOWEST = -1.0e30  # z where p = 0: a product with it is 0, with -inf it would be NaN
 HIGHEST = 1.0e33  # D where the reference has no mass, for the same reason; V of them still add up to a finite number
@@ -701,282 +695,3 @@ def _loss_and_gradients(loss_fn, stats: TokenStats, extras: list[Tensor]) -> tup
     used = [x for x in leaves if x is not None]
     grads = torch.autograd.grad(loss, used, allow_unused=True) if loss.requires_grad else [None] * len(used)
     return loss.detach(), [*grads, *[None] * (3 - len(used))]
-
-
-# ---------------------------------------------------------------------------------------- a decode step: the decoder
-
-
-class LlamaBlocks:
-    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
-    small model is the module tree around its matrix products. Used where the parts are there under their usual names
-    and the logits agree with the model's own (Sampler checks); everything else takes transformers' forward.
-    """
-
-    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
-
-    def __init__(self, decoder: torch.nn.Module, config: Any):
-        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
-        self.layers = []
-        for layer in decoder.layers:
-            attn, mlp = layer.self_attn, layer.mlp
-            norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
-            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
-                raise AttributeError("a projection is not a plain linear layer")
-            weights = [(module.weight, module.bias) for module in linear]
-            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
-        self.kv_heads = config.num_key_value_heads
-        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
-        self.eps = decoder.norm.variance_epsilon
-        self.cos = self.sin = None  # [positions, 1, D]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> LlamaBlocks | None:
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") not in cls.STATIC_ROPE:
-            return None
-        try:
-            return cls(model.base_model, model.config)
-        except AttributeError:
-            return None
-
-    def forward(self, tree: Any) -> Tensor:
-        """Hidden states after the last norm, [N, E]."""
-        x = self.embed(tree.input_ids)  # [N, E]
-        cos, sin = self._angles(tree, x)  # [N, 1, D]
-        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
-            h = self._rms(norms[0], x)
-            both = torch.cat([linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
-            turned = both[:, : -self.kv_heads]  # queries and keys
-            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
-                if norm is not None:
-                    part.copy_(self._rms(norm, part))
-            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
-            swapped = turned.roll(self.head_size // 2, -1)
-            turned.mul_(cos).addcmul_(swapped, sin)
-            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
-            x = x + linear(tree.attend(i, query, kv, scale).flatten(1), *o)
-            h = self._rms(norms[1], x)
-            x = x + linear(act(linear(h, *gate)).mul_(linear(h, *up)), *down)
-        return self._rms(self.norm, x)
-
-    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
-
-    def _angles(self, tree: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cos is None or len(self.cos) < tree.reach:
-            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
-            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
-            half = sin.shape[-1] // 2
-            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
-
-
-# ------------------------------------------------------------------------------------------- a decode step: the draw
-
-
-def draw_tokens(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-                min_p: float = 0.0, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
-
-    The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
-    0 is never drawn. The log-prob is that of the distribution drawn from, after `truncate`; temperature 0 takes the
-    most likely token and reports the log-prob at temperature 1.
-
-    >>> logits = torch.tensor([[0.2, 0.7, 0.1]]).log()
-    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]))
-    >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
-    ([1], [0.7])
-    """
-    scores = scaled_logits(logits, temperature or 1.0, softcap)  # [R, V]
-    if temperature and (top_k or top_p < 1 or min_p):
-        scores = truncate(scores, top_p, top_k, min_p)
-    probs = scores.softmax(-1)
-    if temperature:
-        running = probs.cumsum(-1, dtype=torch.float64)
-        ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
-        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
-    else:
-        ids = scores.argmax(-1, keepdim=True)
-    return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
-
-
-def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
-    """Scores [R, V] with -inf where top-k, then top-p, then min-p leave nothing. At least one token stays.
-
-    top-k keeps the k largest; top-p the most likely tokens, as few as reach the probability top_p among those kept by
-    top-k; min-p those of at least min_p times the largest probability. Ties with the last one that is kept stay too.
-
-    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
-    tensor([[0.5000, 0.3000, 0.0000]])
-    """
-    vocab = scores.shape[-1]
-    if 0 < top_k < vocab:
-        scores = scores.masked_fill(scores < scores.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        probs = scores.double().softmax(-1)
-        for k in (min(256, vocab), vocab):  # a full sort only for a row that is as flat as to need it
-            ranked = probs.topk(k, dim=-1).values  # [R, k]
-            enough = (ranked.cumsum(-1) < top_p).sum(-1, keepdim=True)  # [R, 1]
-            if k == vocab or (enough < k).all():
-                break
-        scores = scores.masked_fill(probs < ranked.gather(-1, enough.clamp(max=k - 1)), -torch.inf)
-    if min_p:
-        scores = scores.masked_fill((scores - scores.amax(-1, keepdim=True)).double().exp() < min_p, -torch.inf)
-    return scores
-
-
-def stream(seed: int) -> int:
-    """The stream of random numbers of `seed`, any int modulo 2^64."""
-    return _mix(seed, 2**64 - 1)
-
-
-def uniform(stream: int | Tensor, t: int | Tensor) -> float | Tensor:
-    """Number t of a stream, uniform in (0, 1): a float for ints, fp64 for int64 tensors (of streams modulo 2^64).
-
-    splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
-    on what else is in the batch.
-
-    >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
-    [0.8833, 0.4315, 0.7497, 0.3724]
-    >>> uniform(torch.tensor([stream(0)]), torch.tensor([1]))
-    tensor([0.4315], dtype=torch.float64)
-    """
-    on_device = isinstance(stream, Tensor)
-    bits = _mix(stream - (t + 1) * 0x61C8864680B583EB, -1 if on_device else 2**64 - 1) >> 16 & (1 << 48) - 1
-    return ((bits.double() if on_device else bits) + 0.5) * 2.0**-48
-
-
-def _mix(x, ones):
-    """The finaliser of splitmix64: constants modulo 2^64, logical shifts; int64 wraps around by itself (ones = -1)."""
-    x = x & ones
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47 & ones
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15 & ones
-    return x ^ (x >> 31 & (1 << 33) - 1)
-
-
-# ---------------------------------------------------------------------- a decode step: attention to a tree, in Triton
-
-
-@jit
-def _locate(SPANS, p, layer, head, NUM_SPANS: tl.constexpr, BYTES: tl.constexpr):
-    """The addresses of the keys of positions p, and of their values."""
-    keys = p * 0
-    values = p * 0
-    for i in tl.static_range(NUM_SPANS):  # from the root of the tree to the leaf
-        first = tl.load(SPANS + 4 * i)
-        apart = tl.load(SPANS + 4 * i + 3)
-        here = tl.load(SPANS + 4 * i + 1) + 2 * layer * apart + head * tl.load(SPANS + 4 * i + 2) + (p - first) * BYTES
-        keys = tl.where(p >= first, here, keys)
-        values = tl.where(p >= first, here + apart, values)
-    return keys, values
-
-
-@jit
-def _tree_kernel(QUERY, KV, SPANS, POSITIONS, PARTS, PEAKS, MASSES, stride_query, stride_kv, layer,
-                 scale: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, NUM_SPANS: tl.constexpr,
-                 SPLITS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, key head, split): a group of query heads against a part of the cached keys, by online softmax. The
-    first part takes the new key and value too, and stores them."""
-    row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    heads = tl.num_programs(1)
-    POINTER: tl.constexpr = tl.pointer_type(KV.dtype.element_ty)
-    BYTES: tl.constexpr = D * KV.dtype.element_ty.primitive_bitwidth // 8
-    position = tl.load(POSITIONS + row)
-    SPANS += row * (NUM_SPANS * 4)
-    d, g = tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    whole = (g[:, None] < GROUP) & (d[None, :] < D)
-    QUERY += row * stride_query + head * (GROUP * D)
-    query = tl.load(QUERY + g[:, None] * D + d[None, :], mask=whole, other=0.0)  # [HEADS, WIDTH]
-    part = tl.cdiv(tl.cdiv(position, SPLITS), BLOCK) * BLOCK
-    begin = split * part
-    end = tl.minimum(begin + part, position)
-    peak = tl.full([HEADS], -float("inf"), tl.float32)
-    mass = tl.zeros([HEADS], tl.float32)
-    out = tl.zeros([HEADS, WIDTH], tl.float32)
-    for start in range(begin, end, BLOCK):
-        p = start + tl.arange(0, BLOCK)  # [BLOCK]
-        at_keys, at_values = _locate(SPANS, p, layer, head, NUM_SPANS, BYTES)
-        seen = (p < end)[:, None] & (d[None, :] < D)
-        # the hints make 16-byte loads of them
-        KEYS = tl.multiple_of(at_keys.to(POINTER), 16)[:, None] + d[None, :]
-        VALUES = tl.multiple_of(at_values.to(POINTER), 16)[:, None] + d[None, :]
-        keys = tl.load(KEYS, mask=seen, other=0.0)  # [BLOCK, WIDTH]
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale  # [HEADS, BLOCK]
-        scores = tl.where(p[None, :] < end, scores, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        values = tl.load(VALUES, mask=seen, other=0.0)  # [BLOCK, WIDTH]
-        out = out * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        mass = mass * shrink + tl.sum(weights, 1)
-        peak = new_peak
-    if split == 0:
-        new = KV + row * stride_kv + head * D + d
-        key = tl.load(new, mask=d < D, other=0.0)  # [WIDTH]
-        value = tl.load(new + heads * D, mask=d < D, other=0.0)
-        at_keys, at_values = _locate(SPANS, position, layer, head, NUM_SPANS, BYTES)
-        tl.store(at_keys.to(POINTER) + d, key, mask=d < D)
-        tl.store(at_values.to(POINTER) + d, value, mask=d < D)
-        score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1) * scale  # [HEADS]
-        new_peak = tl.maximum(peak, score)
-        shrink, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-        out = out * shrink[:, None] + weight[:, None] * value[None, :].to(tl.float32)
-        mass = mass * shrink + weight
-        peak = new_peak
-    at = ((row * heads + head) * GROUP + g) * SPLITS + split  # [HEADS]
-    tl.store(PARTS + at[:, None] * D + d[None, :], out, mask=whole)
-    tl.store(PEAKS + at, peak, mask=g < GROUP)
-    tl.store(MASSES + at, mass, mask=g < GROUP)
-
-
-def tree_attention(query: Tensor, kv: Tensor, spans: Tensor, positions: Tensor, layer: int, scale: float) -> Tensor:
-    """One decode step of R rows in one layer: store the new keys and values, attend to all that each row sees.
-
-    query [R, H, D]; kv [R, 2J, D], the keys of J heads and then their values; positions int64 [R]: the new token's, so
-    that it sees `position` cached tokens and itself. Returns [R, H, D]. fp32, fp16 or bf16; only rows may have gaps.
-    The cache, of kv's dtype, may lie in any number of tensors; spans int64 [R, S, 4] say where. Span i holds a row from
-    position `first` to that of span i + 1 (one that is not used begins beyond all positions). In bytes,
-        key of layer l, head j, position p    address + 2 l apart + j stride + (p - first) D size
-        its value                             `apart` further
-    where spans[r, i] is (first, address, stride, apart), all but `first` multiples of 16. Addresses are data and not
-    arguments: one CUDA graph serves every tree. A prefix that rows share is in memory once, and each row reads it,
-    mostly from the GPU's second-level cache. The current device must be that of the tensors.
-    """
-    rows, heads, d = query.shape
-    kv_heads, group = kv.shape[1] // 2, 2 * heads // kv.shape[1]
-    splits = triton.next_power_of_2(max(1, min(16, TREE_PROGRAMS // (rows * kv_heads))))
-    parts = torch.empty(rows, heads, splits, d, device=query.device)
-    peaks, masses = torch.empty(2, rows, heads, splits, device=query.device)
-    padded = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(d))  # as tl.dot wants them
-    block = 16 if query.element_size() == 4 else 64  # what fits into the registers
-    _tree_kernel[rows, kv_heads, splits](
-        query, kv, spans, positions, parts, peaks, masses, query.stride(0), kv.stride(0), layer, scale / math.log(2),
-        group, d, spans.shape[1], splits, *padded, block, num_warps=4, num_stages=2)
-    weights = torch.exp2(peaks - peaks.amax(-1, keepdim=True))  # [R, H, splits]
-    weights = weights / (weights * masses).sum(-1, keepdim=True)
-    return (weights[:, :, None] @ parts)[:, :, 0].to(query.dtype)
-
-
-def captured(step: Callable[[], None], pool, compiled: bool = False) -> Callable[[], None]:
-    """`step`, which reads and writes fixed tensors, as one launch: recorded as a CUDA graph, after torch.compile if
-    `compiled`. It is run twice for that. pool: where the graph has its memory, `torch.cuda.graph_pool_handle()`; graphs
-    that never run at the same time can share one, and some of them must live as long as new ones are recorded. Without
-    a pool (on a CPU) nothing is recorded.
-    """
-    if compiled:
-        torch._dynamo.config.recompile_limit = 256  # Dynamo gives up on a function after 8 shapes
-        step = torch.compile(step, dynamic=False)
-    if pool is None:
-        return step
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    return graph.replay

@@ -1,14 +1,24 @@
 """The sequential sampler: rows of tokens over a key/value cache that we own. Knows no task and no text.
 
-Every token's keys and values are computed once and stored once. A row is a leaf of a tree of segments; `fork` adds
-leaves below a row and copies nothing, so a prompt forked 64 ways is one prompt in memory. `prefill`, `extend` and
-`fork` only write down what is to be done: the next sampling step computes all that is pending in one packed forward
-(no padding between rows). `run` lets many programs share one running batch: a row that has finished leaves at once,
-and the next request of its program joins the rows that are still being decoded.
+Rows are the leaves of a tree of segments. Every token's keys and values are computed once and stored once:
 
-Reading order: Sampler.sample -> run (the loop) -> _advance (draw a token of every row) -> _compute (which tokens need a
-forward) -> _Forward (one forward: where keys are written, what each token attends to) -> _Piece (one batched attention)
--> _Arena (memory). On a GPU, if asked to, _Window does what _compute and the draw do, several tokens at a time.
+    position  0                                 40              56        62
+    A         pppppppppppppppppppppppppppppppppp                               row 0: a prompt
+              |
+              +--------------------------------- B sssssssssssss,tttttt?       row 1 = fork(row 0): sketches so far
+              |
+              +--------------------------------- C sssssssssssss yyy?          row 2 = fork(row 0), extended, sampled
+
+    One forward computes what is pending (?) in all running rows: a token of B and one of C, packed, without padding.
+    Each attends to its own segment, one batched product over B and C, which lie side by side in memory, and to the
+    first 40 tokens of A, which are read once for both. One softmax goes over a token's scores in all segments.
+    `fork` copies nothing, `rewind` cuts a leaf or starts a new one, `release` frees what no other row needs.
+
+`prefill`, `extend` and `fork` only write down what is to be done: the next sampling step computes it. `run` lets many
+programs share one running batch: a row that has finished leaves at once, the next request of its program joins.
+
+Reading order: Sampler.sample -> run (the loop) -> _draw (a token for every row) -> _compute (which tokens need a
+forward) -> _Forward (what each token attends to) -> _Piece (one batched attention) -> _Memory -> the model.
 
 Legend: N tokens of a forward, R rows, H query heads, J key heads, G = H / J query heads per key head, D head size,
 F segments of a piece, M queries per segment, L keys per segment, V vocabulary, E width.
@@ -26,7 +36,7 @@ import inspect
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kernels import LlamaBlocks, captured, draw_tokens, scaled_logits, stream, tree_attention, triton_runs, uniform
+from kernels import scaled_logits
 
 ATTENTION = "sesa_tree"  # our name in transformers' public registry of attention functions
 
@@ -103,12 +113,7 @@ class Sampler:
     memory_gb: budget for keys and values; rows that do not fit wait, and are computed again when they come back.
     max_forward_tokens: longer prefills are cut into several forwards.
     share_from: a fork of fewer tokens than this copies them instead of sharing (one attention call less per layer).
-    graphs: "on" decodes up to four tokens at a time as CUDA graphs, without the host in between, where all rows are
-        decoded alike and without top-p; "compiled" passes what is captured through torch.compile first (a minute for
-        every number of rows). They draw what "off" draws, up to rounding, and take memory beside memory_gb: about that
-        of the logits four times. For GPUs and Llama-like models; neither has run on a GPU yet.
-    ValueError for a model whose logits our attention does not reproduce (sliding windows, ALiBi, soft-capped scores),
-    and for one that graphs do not take.
+    ValueError for a model whose logits our attention does not reproduce (ALiBi, soft-capped scores, states).
 
     >>> _ = torch.manual_seed(0)
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -125,26 +130,34 @@ class Sampler:
     """
 
     def __init__(
-        self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
-        decode: Callable[[list[int]], str] | None = None, max_rows: int = 256, memory_gb: float | None = None,
-        max_forward_tokens: int = 4096, share_from: int = 33, graphs: str = "off",
-    ):  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        stop_ids: Iterable[int],
+        pad_id: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        max_rows: int = 256,
+        memory_gb: float | None = None,
+        max_forward_tokens: int = 4096,
+        share_from: int = 33,
+    ):
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
-        self.stop_ids, self.decode, self.max_rows = frozenset(), decode, max_rows  # nothing stops the checks
-        self.max_forward_tokens, self.share_from, self.stats = max_forward_tokens, share_from, Stats()
+        self.stop_ids, self.decode = frozenset(stop_ids), decode
+        self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
+        self.share_from = 0  # so that the check shares
         self._twin = _make_twin(model)
-        self._head, config = self._twin.get_output_embeddings(), self._twin.config
-        self._vocab, self._softcap = len(self._head.weight), getattr(config, "final_logit_softcapping", None) or 0.0
-        self.max_positions = getattr(config, "max_position_embeddings", None) or math.inf
-        self._arena = _Arena(self._twin, memory_gb)
+        self._head = self._twin.get_output_embeddings()
+        self._vocab = len(self._head.weight)
+        self._softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
+        self.max_positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
+        self._busy: set[int] = set()  # rows in a running batch
+        self._next_row = 0
         self._forward: _Forward | None = None  # the last forward, kept for as long as its rows decode in step
-        self._next_row, self.graphs, self._windows = 0, "off", {}
+        self.stats = Stats()
         self._check_model()
-        if graphs != "off":
-            self._check_graphs(graphs)
-        self.stop_ids = frozenset(stop_ids)
+        self.share_from, self.stats = share_from, Stats()
 
     # ------------------------------------------------------------------------------------------------ rows
 
@@ -176,14 +189,11 @@ class Sampler:
     def rewind(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Cut rows back to their first `length` tokens. The last kept token is computed again at the next step."""
         for row, length in zip(rows, lengths, strict=True):
-            leaf = self._leaf(row)
-            if not 1 <= length <= leaf.length:
-                raise ValueError(f"rewind row {row} to length {length}: it has {leaf.length} tokens, keep 1 or more")
-            if length < leaf.length:
-                self._rows[row] = leaf.cut(length)
-                if self._rows[row] is not leaf:
-                    self._drop(leaf)
-        self._forward = None
+            now = self._leaf(row).length
+            if not 1 <= length <= now:
+                raise ValueError(f"rewind row {row} to length {length}: it has {now} tokens, keep 1 or more")
+            if length < now:
+                self._cut(row, length)
 
     def release(self, rows: Iterable[int]) -> None:
         """Forget rows; memory is freed once no fork needs it."""
@@ -198,7 +208,7 @@ class Sampler:
     @property
     def cache_bytes(self) -> int:
         """Bytes now allocated for keys and values."""
-        return self._arena.bytes
+        return self._memory.bytes
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -224,115 +234,96 @@ class Sampler:
         began, first_row = time.perf_counter(), self._next_row
         jobs = [_Job(program) for program in programs]
         waiting: deque[_Draft] = deque()
-        active, room = _Batch([]), self.max_rows
+        active: list[_Draft] = []
+        room = self.max_rows
         try:
             for job in jobs:
-                waiting.extend(self._resume(job, None))
-            while waiting or active.drafts:
-                if waiting and len(active.drafts) < room:
-                    joining = [waiting.popleft() for _ in range(min(room - len(active.drafts), len(waiting)))]
-                    active = _Batch(active.drafts + joining)
+                waiting.extend(self._resume(job))
+            while waiting or active:
+                while waiting and len(active) < room:
+                    active.append(waiting.popleft())
                 try:
-                    done = self._advance(active)
+                    self._draw(active)
                 except _NoRoom:
-                    if not self._evict_one(active.leaves):
-                        if len(active.drafts) == 1:
+                    if not self._evict_one([draft.row for draft in active]):
+                        if len(active) == 1:
                             raise
-                        waiting.appendleft(active.drafts[-1])
-                        active = _Batch(active.drafts[:-1])
-                        room = len(active.drafts)  # no new rows until one has finished
+                        waiting.appendleft(active.pop())
+                        room = len(active)  # no new rows until one has finished
                     continue
-                if done:
-                    room, active = self.max_rows, _Batch([d for d in active.drafts if not d.finish_reason])
-                for job in dict.fromkeys(draft.job for draft in done):
+                ended = [draft for draft in active if draft.finish_reason]
+                if ended:
+                    room, active = self.max_rows, [draft for draft in active if not draft.finish_reason]
+                for job in dict.fromkeys(draft.job for draft in ended):
                     if all(draft.finish_reason for draft in job.drafts):
-                        waiting.extend(self._resume(job, [draft.completion() for draft in job.drafts]))
+                        waiting.extend(self._resume(job))
         except BaseException:
-            self._forward = None
-            for draft in [draft for job in jobs for draft in job.drafts]:
-                draft.leaf.busy = False
             for job in jobs:
+                self._busy.difference_update(draft.row for draft in job.drafts)
                 job.program.close()
+            self._forward = None
             self.release([row for row in self._rows if row >= first_row])
             raise
         finally:
             self.stats.seconds += time.perf_counter() - began
         return [job.result for job in jobs]
 
-    def _resume(self, job: _Job, completions: list[Completion] | None) -> list[_Draft]:
+    def _resume(self, job: _Job) -> list[_Draft]:
         """Hand a program its completions; returns the drafts of its next request (none when it has returned)."""
+        completions = [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in job.drafts]
+        self._busy.difference_update(draft.row for draft in job.drafts)
         job.drafts = []
         while not job.drafts:  # a request for no rows is complete at once
             try:
-                rows, params, seeds = job.program.send(completions)
+                rows, params, seeds = job.program.send(completions if job.started else None)
             except StopIteration as stop:
                 job.result = stop.value
                 return []
-            if len(rows) != len(seeds):
-                raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
-            if params.stop and self.decode is None:
-                raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
-            for row, seed in zip(rows, seeds, strict=True):
-                job.drafts.append(_Draft(job, self._leaf(row), params, stream(int(seed))))
-                self._check_length(row, params)
-                job.drafts[-1].leaf.busy = True
-            completions = []
+            job.started, completions = True, []
+            self._begin(job, rows, params, seeds)
         return job.drafts
 
+    def _begin(self, job: _Job, rows: Sequence[int], params: SamplingParams, seeds: Sequence[int]) -> None:
+        if len(rows) != len(seeds):
+            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
+        if params.stop and self.decode is None:
+            raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
+        for row, seed in zip(rows, seeds, strict=True):
+            self._check_length(row, params)
+            job.drafts.append(_Draft(job, row, params, stream(int(seed))))
+            self._busy.add(row)
+
     @torch.inference_mode()
-    def _advance(self, active: _Batch) -> list[_Draft]:
-        """Draw the next token of every row, or with graphs the next few; returns the rows that end."""
-        if self.graphs != "off" and active.in_step():
-            try:
-                return self._draw_window(active)
-            except _NoRoom:
-                pass  # one token may fit where several do not
-        hidden, done = self._compute(active.leaves), []  # [R, E]
-        for distribution, members in active.groups:
-            drafts = [active.drafts[i] for i in members]
-            states = hidden if len(active.groups) == 1 else hidden[members]
-            u = torch.tensor([uniform(d.stream, len(d.ids)) for d in drafts], dtype=torch.float64, device=states.device)
-            tokens, logps = draw_tokens(self._head(states), u, *distribution, self._softcap)
-            done += self._accept(drafts, tokens.tolist(), logps.tolist())
+    def _draw(self, active: list[_Draft]) -> None:
+        """Draw the next token of every row."""
+        hidden = self._compute([draft.row for draft in active])  # [R, E]
+        groups: dict[tuple, list[int]] = defaultdict(list)  # rows that are drawn from alike
+        for i, draft in enumerate(active):
+            groups[draft.distribution].append(i)
+        for distribution, members in groups.items():
+            drafts = [active[i] for i in members]
+            states = hidden if len(groups) == 1 else hidden[members]
+            u = [uniform(draft.stream, len(draft.ids)) for draft in drafts]
+            u = torch.tensor(u, dtype=torch.float64, device=hidden.device)
+            ids, logps = draw_tokens(self._head(states), u, *distribution, self._softcap)
+            for draft, token, logp in zip(drafts, ids.tolist(), logps.tolist(), strict=True):
+                self._accept(draft, token, logp)
+        self.stats.generated_tokens += len(active)
         self.stats.decode_steps += 1
-        return done
 
-    def _draw_window(self, active: _Batch) -> list[_Draft]:
-        """`_advance` by several tokens at once. The last one is left to be computed, as always."""
-        drafts, leaves, before = active.drafts, active.leaves, self.stats.generated_tokens
-        steps = min(_Window.STEPS, *(draft.params.max_new_tokens - len(draft.ids) for draft in drafts))
-        self._arena.reserve([(leaf, len(leaf.ids) + steps - 1) for leaf in leaves])
-        spans, distribution, done = [leaf.spans() for leaf in leaves], active.groups[0][0], []
-        key = _round_up(len(leaves), 1, 64), _round_up(max(map(len, spans)) // 4, 1, 64), distribution
-        with torch.cuda.device_of(self._head.weight):
-            if key not in self._windows:
-                self._windows[key] = _Window(self, *key)
-            for tokens, logps in self._windows[key].draw(drafts, spans, steps):
-                done += self._accept(drafts, tokens, logps)
-        for leaf in leaves:
-            leaf.cached, leaf.hidden = len(leaf.ids) - 1, None
-        self._forward, stats = None, self.stats
-        stats.decode_tokens += stats.generated_tokens - before
-        stats.forwards += steps
-        stats.decode_steps += steps
-        return done
-
-    def _accept(self, drafts: list[_Draft], tokens: list[int], logps: list[float]) -> list[_Draft]:
-        """Append a token to every row that has not ended; returns the rows that end with it."""
-        if not math.isfinite(sum(logps)):
+    def _accept(self, draft: _Draft, token: int, logp: float) -> None:
+        """Append a token to a row, and note if it ends there."""
+        if not math.isfinite(logp):
             raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
-        running = [entry for entry in zip(drafts, tokens, logps, strict=True) if not entry[0].finish_reason]
-        for draft, token, logp in running:
-            draft.ids.append(token)
-            draft.logps.append(logp)
-            draft.leaf.ids.append(token)
-            draft.leaf.drawn = 1
-            if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
-                draft.finish_reason = "stop"
-            elif len(draft.ids) == draft.params.max_new_tokens:
-                draft.finish_reason = "length"
-        self.stats.generated_tokens += len(running)
-        return [draft for draft, _, _ in running if draft.finish_reason]
+        draft.ids.append(token)
+        draft.logps.append(logp)
+        leaf = self._rows[draft.row]
+        leaf.ids.append(token)
+        leaf.drawn = True
+        if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
+            draft.finish_reason = "stop"
+        elif len(draft.ids) == draft.params.max_new_tokens:
+            draft.finish_reason = "length"
 
     def _ends_with_text(self, draft: _Draft) -> bool:
         # A new match ends at the last token, and no token is shorter than a byte; the 4 spare tokens are for decoders
@@ -344,12 +335,14 @@ class Sampler:
     # ------------------------------------------------------------------------------------------------ computing
 
     @torch.inference_mode()
-    def _compute(self, leaves: list[_Segment]) -> Tensor:
-        """Compute every pending token of `leaves`; returns the hidden state of the last token of each, [R, E]."""
+    def _compute(self, rows: list[int]) -> Tensor:
+        """Compute every pending token of `rows`; returns the hidden state of the last token of each, [R, E]."""
+        leaves = [self._rows[row] for row in rows]
         if self._forward is not None and self._forward.advance(leaves):  # the usual case: one more token for each
             return self._run_forward(self._forward)
         self._compute_bases(leaves)
-        self._root(leaves)
+        self._place(rows)
+        leaves = [self._rows[row] for row in rows]
         return self._compute_pending(leaves, [len(leaf.ids) for leaf in leaves])
 
     def _compute_bases(self, segments: list[_Segment]) -> None:
@@ -359,23 +352,23 @@ class Sampler:
             self._compute_bases(list(bases))
             self._compute_pending(list(bases), [base.shared for base in bases])
 
-    def _root(self, leaves: list[_Segment]) -> None:
+    def _place(self, rows: list[int]) -> None:
         """Give new forks a place: a short history is copied, a long one stays shared, none is computed again."""
-        copies = []
-        for leaf in leaves:
-            parent = leaf.parent
+        short = []
+        for row in rows:
+            leaf = self._rows[row]
             if not leaf.ids and leaf.hidden is None:
-                if parent.cached == leaf.visible and parent.hidden is not None:
-                    leaf.hidden = parent.hidden
-                else:
-                    leaf.take_back_one()
-                    self._drop(parent)
+                if leaf.parent.cached == leaf.visible and leaf.parent.hidden is not None:
+                    leaf.hidden = leaf.parent.hidden
+                else:  # its last token is computed again
+                    leaf = self._cut(row, leaf.length)
             if leaf.parent and leaf.ids and not (leaf.cached or leaf.shared) and leaf.visible < self.share_from:
-                copies.append((leaf.parent, leaf, leaf.visible))
-        self._arena.reserve([(leaf, len(leaf.ids) + visible) for _, leaf, visible in copies])
-        self._arena.copy(copies)
-        for parent, leaf, visible in copies:
-            leaf.ids[:0], leaf.base, leaf.cached = parent.ids[:visible], parent.base, visible
+                short.append(leaf)
+        self._memory.reserve([(leaf, leaf.visible + len(leaf.ids)) for leaf in short])
+        for leaf in short:
+            parent, count = leaf.parent, leaf.visible
+            leaf.kv[:, :, :, :count] = parent.kv[:, :, :, :count]
+            leaf.ids[:0], leaf.base, leaf.cached = parent.ids[:count], parent.base, count
             leaf.parent, leaf.visible = parent.parent, parent.visible
             if leaf.parent:
                 leaf.parent.users += 1
@@ -384,49 +377,58 @@ class Sampler:
     def _compute_pending(self, segments: list[_Segment], stops: list[int]) -> Tensor:
         """Forward ids[cached:stop] of every segment; returns the last hidden state of each, [R, E]."""
         todo = [(segment, stop) for segment, stop in zip(segments, stops, strict=True) if segment.cached < stop]
-        self._arena.reserve(todo)
-        complete = len(todo) == len(segments)
+        self._memory.reserve(todo)
         while todo:
             batch, room = [], self.max_forward_tokens  # a long segment is computed in several forwards
             for segment, stop in todo:
                 if room:
                     batch.append((segment, min(stop, segment.cached + room)))
                     room -= batch[-1][1] - segment.cached
-            self._forward = _Forward(batch, self._arena, segments)
+            self._forward = _Forward(batch, self._memory)
             last = self._run_forward(self._forward)  # [len(batch), E]
             for (segment, _), state in zip(batch, last.unbind(), strict=True):
                 segment.hidden = state
             todo = [(segment, stop) for segment, stop in todo if segment.cached < stop]
-            complete = complete and len(batch) == len(segments) and not todo
-        return last if complete else torch.stack([segment.hidden for segment in segments])
+        return torch.stack([segment.hidden for segment in segments])
 
     def _run_forward(self, forward: _Forward) -> Tensor:
-        if self._blocks:
-            hidden = self._blocks.forward(forward)  # [N, E]
+        if self._decoder:
+            hidden = self._decoder.forward(forward)  # [N, E]
         else:
             ids, positions = forward.input_ids[None], forward.positions[None]  # [1, N]
             out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=forward)
             hidden = out.last_hidden_state[0]  # [N, E]
-        drawn, stats = forward.commit(), self.stats
-        stats.forwards += 1
-        stats.decode_tokens += drawn
-        stats.prefill_tokens += len(hidden) - drawn
+        drawn = forward.commit()
+        self.stats.forwards += 1
+        self.stats.decode_tokens += drawn
+        self.stats.prefill_tokens += len(hidden) - drawn
         return hidden[forward.last]  # [R, E]
 
-    # ------------------------------------------------------------------------------------------------ checks
+    # ------------------------------------------------------------------------------------------------ the tree
 
     def _leaf(self, row: int, busy: bool = False) -> _Segment:
-        leaf = self._rows.get(row)
-        if leaf is None:
+        if row not in self._rows:
             raise ValueError(f"row {row!r} does not exist: it was never made by prefill or fork, or it was released")
-        if leaf.busy and not busy:
+        if row in self._busy and not busy:
             raise ValueError(f"row {row} is being sampled: wait until its request is complete, or fork it beforehand")
-        return leaf
+        return self._rows[row]
 
     def _add(self, segment: _Segment) -> int:
         row, self._next_row = self._next_row, self._next_row + 1
         self._rows[row] = segment
         return row
+
+    def _cut(self, row: int, length: int) -> _Segment:
+        """Keep a row's first `length` tokens, the last of which is pending again; returns its leaf."""
+        leaf, self._forward = self._rows[row], None
+        if length > leaf.base + leaf.shared:
+            del leaf.ids[length - leaf.base :]
+            leaf.cached, leaf.drawn, leaf.hidden = min(leaf.cached, len(leaf.ids) - 1), False, None
+        else:  # forks see what would be overwritten
+            owner, count = leaf.owner(length)
+            self._rows[row] = leaf.below(length - 1, [owner.ids[count - 1]])
+            self._drop(leaf)
+        return self._rows[row]
 
     def _drop(self, segment: _Segment) -> None:
         """One user less; memory of segments that nobody uses any more is freed, towards the root."""
@@ -436,18 +438,20 @@ class Sampler:
             current.users -= 1
             if current.users:
                 return
-            self._arena.free(current)
+            self._memory.free(current)
             current = current.parent
 
-    def _evict_one(self, running: list[_Segment]) -> bool:
+    def _evict_one(self, running: list[int]) -> bool:
         """Free what one row holds that is not running; its tokens are known and are computed again when needed."""
-        for leaf in self._rows.values():
-            if leaf.slab and leaf.users == 1 and leaf not in running:
-                self._arena.free(leaf)
+        for row, leaf in self._rows.items():
+            if leaf.slab and leaf.users == 1 and row not in running:
+                self._memory.free(leaf)
                 leaf.cached, leaf.hidden, self._forward = 0, None, None
                 self.stats.evictions += 1
                 return True
         return False
+
+    # ------------------------------------------------------------------------------------------------ checks
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) and not (min(ids) >= 0 and max(ids) < self._vocab):
@@ -455,7 +459,7 @@ class Sampler:
             raise ValueError(f"token id {bad}: the model's vocabulary has ids 0 to {self._vocab - 1}")
 
     def _check_length(self, row: int, params: SamplingParams) -> None:
-        length, new = self.length(row), params.max_new_tokens
+        length, new = self._leaf(row).length, params.max_new_tokens
         if length + new > self.max_positions:
             raise ValueError(
                 f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
@@ -465,50 +469,142 @@ class Sampler:
     @torch.inference_mode()
     def _check_model(self) -> None:
         """Compare with the model's own logits, after a prompt that is prefilled, forked, shared and extended."""
-        twin, share_from = self._twin, self.share_from
+        twin = self._twin
         ids = [i % self._vocab for i in range(11)]
         theirs = twin(input_ids=torch.tensor([ids], device=twin.device), use_cache=False).logits[0, -1].float()  # [V]
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
-        self.share_from = 0
-        for self._blocks in [LlamaBlocks.of(twin), None]:  # ours if it agrees, or else the model's own forward
+        for self._decoder in [LlamaDecoder.of(twin), None]:  # ours if it agrees, or else the model's own forward
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
-            logits = self._head(self._compute([self._rows[row] for row in rows[1:]]))
+            logits = self._head(self._compute(rows[1:]))
             gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             self.release(rows)
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
+                return
+        raise ValueError(
+            f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
+            "the sampler supports full attention with rotary or learnt positions, and finite weights"
+        )
+
+
+@dataclass(eq=False)
+class _Job:
+    """A program, its current request, and in the end what it returned."""
+
+    program: Program
+    drafts: list[_Draft] = field(default_factory=list)
+    started: bool = False
+    result: Any = None
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A row that is being sampled."""
+
+    job: _Job
+    row: int
+    params: SamplingParams
+    stream: int
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def __post_init__(self):
+        params = self.params
+        self.distribution = params.temperature, params.top_p, params.top_k, params.min_p
+
+
+# ---------------------------------------------------------------------------------------------------- the draw
+
+
+def draw_tokens(
+    logits: Tensor,
+    u: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
+
+    The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
+    0 is never drawn. The log-prob is that of the distribution drawn from, after `truncate`; temperature 0 takes the
+    most likely token and reports the log-prob at temperature 1.
+
+    >>> logits = torch.tensor([[0.2, 0.7, 0.1]]).log()
+    >>> ids, logps = draw_tokens(logits, torch.tensor([0.5]))
+    >>> ids.tolist(), [round(x, 4) for x in logps.exp().tolist()]
+    ([1], [0.7])
+    """
+    scores = scaled_logits(logits, temperature or 1.0, softcap)  # [R, V]
+    if temperature and (top_k or top_p < 1 or min_p):
+        scores = truncate(scores, top_p, top_k, min_p)
+    probs = scores.softmax(-1)
+    if temperature:
+        running = probs.cumsum(-1, dtype=torch.float64)
+        ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
+        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
+    else:
+        ids = scores.argmax(-1, keepdim=True)
+    return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
+
+
+def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
+    """Scores [R, V] with -inf where top-k, then top-p, then min-p leave nothing. At least one token stays.
+
+    top-k keeps the k largest; top-p the most likely tokens, as few as reach the probability top_p among those kept by
+    top-k; min-p those of at least min_p times the largest probability. Ties with the last one that is kept stay too.
+
+    >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
+    tensor([[0.5000, 0.3000, 0.0000]])
+    """
+    vocab = scores.shape[-1]
+    if 0 < top_k < vocab:
+        least = scores.topk(top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if top_p < 1:
+        probs = scores.double().softmax(-1)
+        for k in (min(256, vocab), vocab):  # a full sort only for a row that is as flat as to need it
+            ranked = probs.topk(k, dim=-1).values  # [R, k]
+            enough = (ranked.cumsum(-1) < top_p).sum(-1, keepdim=True)  # [R, 1]
+            if k == vocab or (enough < k).all():
                 break
-        else:
-            raise ValueError(
-                f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
-                "the sampler supports full attention with rotary or learnt positions, and finite weights"
-            )
-        self.share_from, self.stats = share_from, Stats()
-
-    def _check_graphs(self, graphs: str) -> None:
-        """Refuse what graphs cannot do, and compare the first window with decoding token by token."""
-        device, size = self._arena.device, self._arena.dtype.itemsize
-        fits = self._blocks and size <= 4 and self._arena.head_size * size % 16 == 0
-        if graphs not in ("on", "compiled") or not (fits and triton_runs(device)):
-            raise ValueError(
-                f"graphs={graphs!r} on {device} for {type(self._twin).__name__}: must be off, or on or compiled with a "
-                "GPU, Triton, and a model like Llama, Qwen2 or Qwen3 whose heads have a multiple of 16 bytes"
-            )
-        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        third = []  # the log-prob of a third token, which is the first that comes from a window
-        for self.graphs in ("off", graphs):
-            rows = self.prefill([[i % self._vocab for i in range(11)]])
-            rows += self.fork(rows, 1)
-            third.append(self.sample(rows, SamplingParams(temperature=0, max_new_tokens=3), [0, 0])[1].logps[2])
-            self.release(rows)
-        if not (gap := abs(third[0] - third[1])) < (1e-3 if size == 4 else 0.1):
-            raise ValueError(f"graphs={graphs!r} gives log-probs that are off by {gap:.3g} here: use graphs='off'")
-        self.stats = Stats()
+        scores = scores.masked_fill(probs < ranked.gather(-1, enough.clamp(max=k - 1)), -torch.inf)
+    if min_p:
+        ratios = (scores - scores.amax(-1, keepdim=True)).double().exp()
+        scores = scores.masked_fill(ratios < min_p, -torch.inf)
+    return scores
 
 
-# ---------------------------------------------------------------------------------------------------- records
+def stream(seed: int) -> int:
+    """The stream of random numbers of `seed`, any int modulo 2^64."""
+    return _mix(seed)
+
+
+def uniform(stream: int, t: int) -> float:
+    """Number t of a stream, uniform in (0, 1).
+
+    splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
+    on what else is in the batch.
+
+    >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
+    [0.8833, 0.4315, 0.7497, 0.3724]
+    """
+    return ((_mix(stream + (t + 1) * 0x9E3779B97F4A7C15) >> 16) + 0.5) * 2.0**-48
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x &= 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+# ---------------------------------------------------------------------------------------------------- one forward
 
 
 @dataclass(eq=False)
@@ -523,32 +619,33 @@ class _Segment:
     cached: int = 0  # tokens of ids with keys and values
     shared: int = 0  # tokens of ids that forks may see, which are therefore never overwritten
     users: int = 1  # the row itself and the segments below
-    drawn: int = 0  # 1 if the first token that is not cached was sampled here
+    drawn: bool = False  # whether the first token that is not cached was sampled here
     hidden: Tensor | None = None  # last hidden state [E] of token cached - 1 (if ids is empty: of the parent's last)
-    slab: _Slab | None = None
+    slab: _Slab | None = None  # where keys and values are
     slot: int = 0
-    busy: bool = False  # in a running batch
 
     @property
     def length(self) -> int:
         return self.base + len(self.ids)
 
+    @property
+    def kv(self) -> Tensor:
+        return self.slab.kv[:, :, self.slot]  # [layers, 2, J, capacity, D]
+
     def branch(self) -> _Segment:
         """An empty segment below this one, at its end."""
-        kid = _below(self, self.length, [])
+        kid = self.below(self.length, [])
         if self.cached == len(self.ids):
             kid.hidden = self.hidden
         return kid
 
-    def cut(self, length: int) -> _Segment:
-        """The row's first `length` tokens, of which the last is pending again: this segment, or a new one if forks
-        see what would be overwritten."""
-        if length > self.base + self.shared:
-            del self.ids[length - self.base :]
-            self.cached, self.drawn, self.hidden = min(self.cached, len(self.ids) - 1), 0, None
-            return self
-        owner, count = self.owner(length)
-        return _below(self, length - 1, [owner.ids[count - 1]])
+    def below(self, length: int, ids: list[int]) -> _Segment:
+        """A new segment with `ids` after the first `length` tokens of this row."""
+        parent, visible = self.owner(length)
+        if parent is not None:
+            parent.users += 1
+            parent.shared = max(parent.shared, visible)
+        return _Segment(ids, length, parent, visible)
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
         """The segment that holds the last of the row's first `length` tokens, and how many of its own they are."""
@@ -557,75 +654,12 @@ class _Segment:
             segment = segment.parent
         return (segment, length - segment.base) if segment else (None, 0)
 
-    def spans(self) -> list[int]:
-        """From the root to here, where the keys of each segment lie: four numbers as `tree_attention` takes them."""
-        above = self.parent.spans() if self.parent else []
-        return [*above, self.base, *self.slab.address(self.slot)]
-
-    def take_back_one(self) -> None:
-        """An empty segment takes the last token of its parent, to be computed again: its hidden state is not known."""
-        self.base -= 1
-        self.ids = [self.parent.ids[self.visible - 1]]
-        self.parent, self.visible = self.parent.owner(self.base)
-        if self.parent:
-            self.parent.users += 1
-
-
-def _below(segment: _Segment, length: int, ids: list[int]) -> _Segment:
-    """A new segment with `ids` after the first `length` tokens of the row of `segment`."""
-    parent, visible = segment.owner(length)
-    if parent is not None:
-        parent.users += 1
-        parent.shared = max(parent.shared, visible)
-    return _Segment(ids, length, parent, visible)
-
-
-@dataclass(eq=False)
-class _Job:
-    """A program and its current request."""
-
-    program: Program
-    drafts: list[_Draft] = field(default_factory=list)
-    result: Any = None
-
-
-class _Batch:
-    """The rows that run together; a new one is made whenever a row joins or leaves."""
-
-    def __init__(self, drafts: list[_Draft]):
-        self.drafts = drafts
-        self.leaves = [draft.leaf for draft in drafts]
-        groups: dict[tuple, list[int]] = defaultdict(list)  # rows that are drawn from alike
-        for i, draft in enumerate(drafts):
-            params = draft.params
-            groups[params.temperature, params.top_p, params.top_k, params.min_p].append(i)
-        self.groups = list(groups.items())
-
-    def in_step(self) -> bool:
-        """Whether a `_Window` can draw: no top-p, which the host must look at, and every row waits for the one token
-        that it has drawn, in memory of its own (`_root` gives it to a new fork)."""
-        alike = len(self.groups) == 1 and self.groups[0][0][1] == 1
-        return alike and all(leaf.drawn and 0 < leaf.cached == len(leaf.ids) - 1 for leaf in self.leaves)
-
-
-@dataclass(eq=False)
-class _Draft:
-    """A row that is being sampled."""
-
-    job: _Job
-    leaf: _Segment
-    params: SamplingParams
-    stream: int
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-
-    def completion(self) -> Completion:
-        self.leaf.busy = False
-        return Completion(self.ids, self.logps, self.finish_reason)
-
-
-# ---------------------------------------------------------------------------------------------------- one forward
+    def above(self) -> Iterator[tuple[_Segment, int]]:
+        """The segments towards the root, each with the number of its tokens that this row sees."""
+        segment = self
+        while segment.parent is not None:
+            yield segment.parent, segment.visible
+            segment = segment.parent
 
 
 class _Forward:
@@ -636,58 +670,57 @@ class _Forward:
     rows below it; one softmax goes over a token's scores in all levels.
     """
 
-    def __init__(self, batch: list[tuple[_Segment, int]], arena: _Arena, leaves: list[_Segment]):
-        self.batch, self.device = batch, arena.device
+    def __init__(self, batch: list[tuple[_Segment, int]], memory: _Memory):
+        """batch: segments, of which the tokens from `cached` to the number given are computed."""
+        self.batch, self.device = batch, memory.device
+        self.segments = [segment for segment, _ in batch]
         tokens: list[int] = []
         positions: list[int] = []
         last = [0] * len(batch)
-        pieces: dict[tuple, list] = defaultdict(list)
-        above: dict[tuple, tuple[list, list]] = defaultdict(lambda: ([], []))
-        # piece after piece in the order of memory, so that attention reads the cache without gathering it
+        own, above = defaultdict(list), defaultdict(lambda: ([], []))
+        # in the order of memory, so that attention reads the cache without gathering it
         self.order = sorted(range(len(batch)), key=lambda i: self._place(*batch[i]))
         for i in self.order:
             segment, stop = batch[i]
-            start, count = segment.cached, stop - segment.cached
-            queries = range(len(tokens), len(tokens) + count)
-            tokens += segment.ids[start:stop]
-            positions += range(segment.base + start, segment.base + stop)
-            last[i] = len(tokens) - 1
-            _, bucket, fresh, slot = self._place(segment, stop)
-            pieces[0, segment.slab, bucket, fresh].append((slot, queries, range(start + 1, stop + 1)))
-            level, ancestor, visible = 1, segment.parent, segment.visible
-            while ancestor is not None:
+            seen = range(segment.cached + 1, stop + 1)  # how many keys of its segment each token sees
+            queries = range(len(tokens), len(tokens) + len(seen))
+            tokens += segment.ids[segment.cached : stop]
+            positions += [segment.base + count - 1 for count in seen]
+            last[i] = queries[-1]
+            own[self._place(segment, stop)[:2]].append((segment, queries, seen))
+            for level, (ancestor, visible) in enumerate(segment.above()):
                 above[level, ancestor][0].extend(queries)
-                above[level, ancestor][1].extend([visible] * count)
-                level, ancestor, visible = level + 1, ancestor.parent, ancestor.visible
-        for (level, ancestor), (queries, limits) in above.items():
-            pieces[level, ancestor.slab, _bucket(len(queries)), False].append((ancestor.slot, queries, limits))
-        self.levels: list[list[_Piece]] = [[] for _ in range(1 + max(level for level, *_ in pieces))]
-        for (level, slab, _, fresh), entries in pieces.items():
-            self.levels[level].append(_Piece(slab, entries, arena, level == 0, fresh))
+                above[level, ancestor][1].extend([visible] * len(seen))
         self.input_ids, self.positions = torch.tensor([tokens, positions], device=self.device)  # [N]
         self.reach = max(positions) + 1
-        self.last = _index(last, arena.device)  # [R]
-        one_each = len(tokens) == len(batch) and [segment for segment, _ in batch] == leaves
-        self.leaves = leaves if one_each else None
+        self.last = _index(last, self.device)  # [R]
         self.room = min(segment.slab.capacity - stop for segment, stop in batch)
+        self.own = [_Piece(entries, self.device) for entries in own.values()]
+        self.above = self._pieces_above(above)
 
     @staticmethod
-    def _place(segment: _Segment, stop: int) -> tuple[int, int, bool, int]:
-        """Segments that agree but for the last number, the slot, share a piece."""
-        count = stop - segment.cached
-        fresh = segment.cached == 0 and segment.parent is None and count > 1
-        return segment.slab.number, _bucket(count), fresh, segment.slot
+    def _place(segment: _Segment, stop: int) -> tuple[int, int, int]:
+        """Segments that agree but for the last number share a piece."""
+        return segment.slab.number, _bucket(stop - segment.cached), segment.slot
+
+    def _pieces_above(self, above: dict) -> list[list[_Piece]]:
+        """The pieces of every level above the tokens' own segments."""
+        levels: list[dict] = [defaultdict(list) for _ in {level for level, _ in above}]
+        for (level, ancestor), (queries, seen) in above.items():
+            levels[level][ancestor.slab, _bucket(len(queries))].append((ancestor, queries, seen))
+        return [[_Piece(entries, self.device) for entries in level.values()] for level in levels]
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
-        if leaves != self.leaves or self.room == 0 or any(leaf.cached + 1 != len(leaf.ids) for leaf in leaves):
+        in_step = leaves == self.segments and len(self.positions) == len(leaves) and self.room > 0
+        if not in_step or any(leaf.cached + 1 != len(leaf.ids) for leaf in leaves):
             return False
         self.room -= 1
         self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]
         self.input_ids = torch.tensor([leaves[i].ids[-1] for i in self.order], device=self.device)
         self.positions += 1
         self.reach += 1
-        for piece in self.levels[0]:
+        for piece in self.own:
             piece.advance()
         return True
 
@@ -696,20 +729,20 @@ class _Forward:
         drawn = 0
         for segment, stop in self.batch:
             drawn += segment.drawn
-            segment.cached, segment.drawn, segment.hidden = stop, 0, None
+            segment.cached, segment.drawn, segment.hidden = stop, False, None
         return drawn
 
     def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
         """Store keys and values [N, 2J, D], attend with query [N, H, D]; returns [N, H, D]."""
-        own = self.levels[0]
-        for piece in own:
+        for piece in self.own:
             piece.store(layer, kv)
-        if len(self.levels) == 1:
-            parts = [piece.attend(layer, query, scale) for piece in own]
+        if not self.above:
+            parts = [piece.attend(layer, query, scale) for piece in self.own]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
-        scores = torch.cat([self._scores(level, layer, query, scale) for level in self.levels], -1)  # [N, H, L]
+        levels = [self.own, *self.above]
+        scores = torch.cat([self._scores(level, layer, query, scale) for level in levels], -1)  # [N, H, L of all]
         probs, out, begin = scores.softmax(-1).to(query.dtype), torch.zeros_like(query), 0
-        for level in self.levels:
+        for level in levels:
             for piece in level:
                 out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, begin : begin + piece.width])
             begin += max(piece.width for piece in level)
@@ -727,112 +760,87 @@ class _Forward:
 
 
 class _Piece:
-    """Attention of some tokens to some segments of one slab: F segments of L keys, M queries each (padded).
+    """Attention of some tokens to F segments of one slab: M queries each (padded), L keys, of which a bias hides what a
+    query must not see.
 
-    entries: (slot, query tokens, number of keys that each of them sees) per segment. The keys are a view of the slab
-    if the slots lie close together (what lies between is computed and not read), and gathered otherwise. `own` keys
-    grow with every decode step: L is some steps ahead, so that views and bias last, and the bias hides the rest.
-    limits: how many keys each query sees, [F * J, M * G, 1].
+    entries: (segment, its query tokens, how many keys each of them sees). The keys are a view of the slab if the slots
+    lie close together (what lies between is computed and not read), and gathered otherwise.
     """
 
-    AHEAD = 8
-
-    def __init__(self, slab: _Slab, entries: list, arena: _Arena, own: bool = False, fresh: bool = False):
-        self.slab, self.heads, self.fresh = slab, arena.kv_heads, fresh
-        entries.sort(key=lambda entry: entry[0])
-        slots = [slot for slot, _, _ in entries]
-        dense = slots[-1] + 1 - slots[0] <= 2 * len(slots)
-        heads = torch.arange(self.heads, device=arena.device)
-        if dense:
-            self.where = slice(slots[0] * self.heads, (slots[-1] + 1) * self.heads)
-        else:
-            self.where = (torch.tensor(slots, device=arena.device)[:, None] * self.heads + heads).flatten()  # [F * J]
-        self.segments = slots[-1] + 1 - slots[0] if dense else len(slots)
-        self.queries = max(len(mine) for _, mine, _ in entries)
-        spread = [0] * (self.segments * self.queries)
-        limits, back, tokens, rows = [1] * len(spread), [], [], []
-        for i, (slot, mine, sees) in enumerate(entries):
-            begin = (slot - slots[0] if dense else i) * self.queries
-            spread[begin : begin + len(mine)] = range(len(tokens), len(tokens) + len(mine))
-            limits[begin : begin + len(mine)] = sees
-            back += range(begin, begin + len(mine))
-            tokens += mine
-            rows += [slot * self.heads * slab.capacity + seen - 1 for seen in sees]
-        self.tokens, self.spread, self.back = (_index(x, arena.device) for x in (tokens, spread, back))
-        self.limits = torch.tensor(limits, device=arena.device).view(self.segments, 1, self.queries, 1)
-        self.limits = self.limits.repeat(1, self.heads, 1, arena.group).view(-1, self.queries * arena.group, 1)
-        self.mask: Tensor | None = None
-        self.longest = max(limits)
-        self._set_width(self.longest + self.AHEAD * (own and self.queries == 1))
-        if own:  # where keys and values of `tokens` go, in the slab seen as [2 * slots * J * capacity, D]
-            heads = torch.cat((heads, heads + slab.slots * self.heads)) * slab.capacity
-            self.rows = (torch.tensor(rows, device=arena.device)[:, None] + heads).flatten()  # [n * 2J]
-
-    def _set_width(self, width: int) -> None:
-        self.width, self.bias = min(width, self.slab.capacity), None
-        if isinstance(self.where, slice):
-            self.views = [[x[self.where, : self.width] for x in layer] for layer in self.slab.heads]
+    def __init__(self, entries: list[tuple[_Segment, Sequence[int], Sequence[int]]], device: torch.device):
+        entries.sort(key=lambda entry: entry[0].slot)
+        slots = [segment.slot for segment, _, _ in entries]
+        everything = range(slots[0], slots[-1] + 1)
+        places = everything if len(everything) <= 2 * len(slots) else slots
+        begins = {slot: i for i, slot in enumerate(places)}
+        self.slab, self.where = entries[0][0].slab, _index(list(places), device)
+        self.width = self.slab.capacity
+        self.shape = len(places), max(len(queries) for _, queries, _ in entries)  # F, M
+        spread, limits = [0] * math.prod(self.shape), [1] * math.prod(self.shape)
+        tokens, back, owners, ends = [], [], [], []
+        for segment, queries, seen in entries:
+            begin = begins[segment.slot] * self.shape[1]
+            end = begin + len(queries)
+            spread[begin:end] = range(len(tokens), len(tokens) + len(queries))
+            limits[begin:end] = seen
+            back += range(begin, end)
+            tokens += queries
+            owners += [segment.slot] * len(queries)
+            ends += seen
+        self.tokens, self.spread, self.back = (_index(x, device) for x in (tokens, spread, back))
+        self.owners, self.ends = torch.tensor([owners, ends], device=device)  # [n]
+        self.limits = torch.tensor(limits, device=device).view(self.shape[0], 1, -1, 1, 1)
+        hidden = torch.arange(self.width, device=device) >= self.limits  # [F, 1, M, 1, L]
+        self.bias = torch.zeros(hidden.shape, dtype=self.slab.kv.dtype, device=device)
+        self.bias.masked_fill_(hidden, -torch.inf)
 
     def advance(self) -> None:
-        self.longest += 1
-        if self.longest > self.width:
-            self._set_width(self.longest + self.AHEAD)
-        elif self.bias is not None:
-            self.bias.scatter_(-1, self.limits, 0.0)
+        """One more key for each of the queries."""
+        self.bias.scatter_(-1, self.limits, 0.0)
         self.limits += 1
-        self.rows += 1
+        self.ends += 1
 
     def store(self, layer: int, kv: Tensor) -> None:
         """Write keys and values [N, 2J, D] of this piece's tokens."""
-        self.slab.flat[layer].index_copy_(0, self.rows, kv[self.tokens].reshape(-1, kv.shape[-1]))
+        kv = kv[self.tokens].unflatten(1, (2, -1))  # [n, 2, J, D]
+        self.slab.kv[layer][:, self.owners, :, self.ends - 1] = kv
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """Attention to this piece alone: query [N, H, D] -> [n, H, D]."""
-        if self.queries == 1:
+        if self.shape[1] == 1:
             return self.values(layer, self.scores(layer, query, scale).softmax(-1).to(query.dtype))
         # a prefill, which never holds scores of [M, L]
-        query = query[self.tokens][self.spread].unflatten(0, (self.segments, -1)).transpose(1, 2)  # [F, H, M, D]
-        keys, values = (self._cached(layer, i).unflatten(0, (self.segments, -1)) for i in (0, 1))  # [F, J, L, D]
-        if self.mask is None and not self.fresh:
-            limits = self.limits.view(self.segments, self.heads, self.queries, -1)[:, :1, :, :1]  # [F, 1, M, 1]
-            self.mask = torch.arange(self.width, device=limits.device) < limits  # [F, 1, M, L]
-        out = F.scaled_dot_product_attention(
-            query, keys, values, self.mask, is_causal=self.fresh, scale=scale, enable_gqa=query.shape[1] > self.heads
-        )
+        query = query[self.tokens][self.spread].unflatten(0, self.shape).transpose(1, 2)  # [F, H, M, D]
+        keys, values = (self._cached(layer, i) for i in (0, 1))
+        bias, grouped = self.bias.squeeze(3), query.shape[1] > keys.shape[1]
+        out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)[self.back]
 
     def scores(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """query [N, H, D] -> fp32 [n, H, L], -inf where a token must not look."""
-        if self.bias is None:
-            hidden = torch.arange(self.width, device=self.limits.device) >= self.limits  # [F * J, M * G, L]
-            self.bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            self.bias.masked_fill_(hidden, -torch.inf)
-        packed, keys = self._pack(query[self.tokens]), self._cached(layer, 0).transpose(1, 2)
-        return self._unpack(torch.baddbmm(self.bias, packed, keys, alpha=scale).float())
+        keys = self._cached(layer, 0)
+        scores = self._pack(query[self.tokens], keys.shape[1]) @ keys.flatten(0, 1).transpose(1, 2)
+        scores = scores.view(*keys.shape[:2], self.shape[1], -1, self.width)  # [F, J, M, G, L]
+        return self._unpack(torch.add(self.bias, scores.float(), alpha=scale))
 
     def values(self, layer: int, probs: Tensor) -> Tensor:
         """probs [n, H, L] -> [n, H, D]"""
-        return self._unpack(torch.bmm(self._pack(probs), self._cached(layer, 1)))
+        values = self._cached(layer, 1)
+        out = self._pack(probs, values.shape[1]) @ values.flatten(0, 1)
+        return self._unpack(out.view(*values.shape[:2], self.shape[1], -1, out.shape[-1]))
 
     def _cached(self, layer: int, which: int) -> Tensor:
-        """Keys (0) or values (1) of the segments, [F * J, L, D]."""
-        if isinstance(self.where, slice):
-            return self.views[layer][which]
-        return self.slab.heads[layer][which][self.where, : self.width]
+        """Keys (0) or values (1) of the segments, [F, J, L, D]."""
+        return self.slab.kv[layer, which][self.where]
 
-    def _pack(self, x: Tensor) -> Tensor:
+    def _pack(self, x: Tensor, kv_heads: int) -> Tensor:
         """[n, H, x] -> [F * J, M * G, x]"""
-        x, last = x[self.spread], x.shape[-1]
-        if self.queries > 1:
-            x = x.view(self.segments, self.queries, self.heads, -1, last).transpose(1, 2)  # [F, J, M, G, x]
-        return x.reshape(self.segments * self.heads, -1, last)
+        x = x[self.spread].view(*self.shape, kv_heads, -1, x.shape[-1])  # [F, M, J, G, x]
+        return x.transpose(1, 2).reshape(self.shape[0] * kv_heads, -1, x.shape[-1])
 
-    def _unpack(self, packed: Tensor) -> Tensor:
-        """[F * J, M * G, x] -> [n, H, x]"""
-        last = packed.shape[-1]
-        if self.queries > 1:
-            packed = packed.view(self.segments, self.heads, self.queries, -1, last).transpose(1, 2)  # [F, M, J, G, x]
-        return packed.reshape(self.segments * self.queries, -1, last)[self.back]
+    def _unpack(self, x: Tensor) -> Tensor:
+        """[F, J, M, G, x] -> [n, H, x]"""
+        return x.transpose(1, 2).reshape(math.prod(self.shape), -1, x.shape[-1])[self.back]
 
 
 def _index(values: list[int], device: torch.device) -> Tensor | slice:
@@ -848,70 +856,6 @@ def _bucket(count: int) -> int:
     return ((count - 1).bit_length() + 1) // 2
 
 
-def _tree_attention(module, query, key, value, attention_mask, scaling=None, tree: _Forward = None, **kwargs):
-    """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
-    unknown = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
-    if unknown:
-        raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
-    query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
-    return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
-
-
-AttentionInterface.register(ATTENTION, _tree_attention)
-
-
-class _Window:
-    """STEPS decode steps of R rows that the host only starts: forward, draw, store. What differs from step to step and
-    from tree to tree lies in tensors of fixed address, so that a step can be one CUDA graph; the host looks at what was
-    drawn after the last step, and forgets what a row drew beyond its end. Rows that are not used write to `idle`.
-    """
-
-    STEPS = 4  # more would keep a program waiting whose rows have ended
-
-    def __init__(self, sampler: Sampler, rows: int, depth: int, distribution: tuple):
-        self.blocks, self.head, self.softcap = sampler._blocks, sampler._head, sampler._softcap
-        self.distribution, self.reach, arena = distribution, sampler.max_positions, sampler._arena
-        self.idle = torch.zeros(self.STEPS * arena.head_size, dtype=arena.dtype, device=arena.device)
-        self.state = torch.zeros(4 + 4 * depth, rows, dtype=torch.int64, device=arena.device)
-        self.input_ids, self.positions, self.randoms, self.counts = self.state[:4]
-        self.spans = self.state[4:].view(rows, depth, 4)
-        self.spans[:, :, 1] = self.idle.data_ptr()
-        self.step_number = torch.zeros(1, dtype=torch.int64, device=arena.device)
-        self.ids = torch.zeros(self.STEPS, rows, dtype=torch.int64, device=arena.device)
-        self.logps = self.ids.float()
-        self.step()
-        self.angles = self.blocks.cos, self.blocks.sin  # made by now; a graph does not keep what it reads alive
-        self.run = captured(self.step, sampler._graph_pool, sampler.graphs == "compiled")
-
-    def step(self) -> None:
-        logits, u = self.head(self.blocks.forward(self)), uniform(self.randoms, self.counts)  # [R, V], [R]
-        ids, logps = draw_tokens(logits, u, *self.distribution, self.softcap)
-        self.ids.index_copy_(0, self.step_number, ids[None])
-        self.logps.index_copy_(0, self.step_number, logps[None])
-        self.input_ids.copy_(ids)
-        for count in (self.positions, self.counts, self.step_number):
-            count.add_(1)
-
-    def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
-        return tree_attention(query, kv, self.spans, self.positions, layer, scale)
-
-    def draw(self, drafts: list[_Draft], spans: list[list[int]], steps: int) -> Iterable[tuple[list, list]]:
-        """The tokens and log-probs of every step."""
-        rows, depth, _ = self.spans.shape
-        idle, beyond, nowhere = [0] * (rows - len(drafts)), [2**62, 0, 0, 0], [0, self.idle.data_ptr(), 0, 0]
-        randoms = [(draft.stream + 2**63) % 2**64 - 2**63 for draft in drafts]  # as int64
-        state = [draft.leaf.ids[-1] for draft in drafts] + idle + [draft.leaf.length - 1 for draft in drafts] + idle
-        state += randoms + idle + [len(draft.ids) for draft in drafts] + idle
-        for row in spans:
-            state += row + beyond * (depth - len(row) // 4)
-        self.state.copy_(torch.tensor(state + nowhere * depth * len(idle)).view_as(self.state))
-        self.step_number.zero_()
-        for _ in range(steps):
-            self.run()
-        drawn = (values[:steps, : len(drafts)].tolist() for values in (self.ids, self.logps))
-        return zip(*drawn, strict=True)
-
-
 # ---------------------------------------------------------------------------------------------------- memory
 
 
@@ -921,26 +865,17 @@ class _NoRoom(ValueError):
 
 @dataclass(eq=False)
 class _Slab:
-    """Keys and values of `slots` segments of up to `capacity` tokens. Its address never changes."""
+    """Keys and values of several segments of up to `capacity` tokens."""
 
     number: int
-    capacity: int
     kv: Tensor  # [layers, 2, slots, J, capacity, D]
-    free: list[int]
 
     def __post_init__(self):
-        self.slots = self.kv.shape[2]
-        self.heads = [layer.flatten(1, 2).unbind(0) for layer in self.kv]  # keys and values, [slots * J, capacity, D]
-        self.flat = [layer.flatten(0, 3) for layer in self.kv]  # [2 * slots * J * capacity, D]
-        self.begin, self.bytes = self.kv.data_ptr(), [self.kv.element_size() * n for n in self.kv.stride()[1:4]]
-
-    def address(self, slot: int) -> tuple[int, int, int]:
-        """Of a slot's first key; from there to the next head's, and to its value: in bytes."""
-        to_value, to_slot, to_head = self.bytes
-        return self.begin + slot * to_slot, to_head, to_value
+        self.slots, self.capacity = self.kv.shape[2], self.kv.shape[4]
+        self.free = list(range(self.slots))
 
 
-class _Arena:
+class _Memory:
     """Memory for segments, in slabs of equal capacity: a segment that outgrows its slot moves to the next capacity.
 
     Capacities are 16, 32, ... 256, 512, 768, ...: what is allocated follows the tokens of each segment, not the longest
@@ -949,95 +884,75 @@ class _Arena:
 
     def __init__(self, model: torch.nn.Module, memory_gb: float | None):
         config = model.config
+        heads = config.num_attention_heads
         self.layers, self.device, self.dtype = config.num_hidden_layers, model.device, model.dtype
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.group = config.num_attention_heads // self.kv_heads
-        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.budget = None if memory_gb is None else int(memory_gb * 1e9)
-        self.bytes, self.spare = 0, math.inf  # allocated; what may be taken beyond what is asked for
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.budget = math.inf if memory_gb is None else int(memory_gb * 1e9)
+        self.bytes = self.made = 0
         self.slabs: dict[int, list[_Slab]] = defaultdict(list)
-        self.made = 0
 
     def reserve(self, wishes: list[tuple[_Segment, int]]) -> None:
         """Give every segment a slot for `length` tokens; what it has cached moves along. All or none (_NoRoom)."""
         wanted: dict[int, list[_Segment]] = defaultdict(list)
         for segment, length in wishes:
             if segment.slab is None or segment.slab.capacity < length:
-                wanted[_round_up(length, 16, 256)].append(segment)
-        self._check_budget(wanted)
+                wanted[_round_up(length)].append(segment)
+        self._grow({capacity: len(movers) for capacity, movers in wanted.items()})
         for capacity, movers in wanted.items():
-            moves = []
-            for segment, (slab, slot) in zip(movers, self._take(capacity, len(movers)), strict=True):
-                old = copy.copy(segment)  # remembers the old place
-                segment.slab, segment.slot = slab, slot
-                moves.append((old, segment, segment.cached))
-            self.copy([move for move in moves if move[0].slab is not None])
-            for old, _, _ in moves:
-                self.free(old)
-
-    def copy(self, moves: list[tuple[_Segment, _Segment, int]]) -> None:
-        """Copy the first n tokens' keys and values from one segment to another, for many (from, to, n) at once."""
-        groups: dict[tuple, list] = defaultdict(list)
-        for source, target, count in moves:
-            if count:
-                groups[source.slab, target.slab].append((source.slot, target.slot, count))
-        for (source, target), entries in groups.items():
-            sources, targets, counts = (list(column) for column in zip(*entries, strict=True))
-            length, sources, targets = max(counts), _index(sources, self.device), _index(targets, self.device)
-            target.kv[:, :, targets, :, :length] = source.kv[:, :, sources, :, :length]
+            for segment in movers:
+                slab, slot = segment.slab, segment.slot
+                segment.slab = next(slab for slab in self.slabs[capacity] if slab.free)
+                segment.slot = heapq.heappop(segment.slab.free)  # side by side, as far as can be
+                if slab is not None:
+                    segment.kv[:, :, :, : segment.cached] = slab.kv[:, :, slot, :, : segment.cached]
+                    self._give_back(slab, slot)
 
     def free(self, segment: _Segment) -> None:
         slab, segment.slab = segment.slab, None
-        if slab is None:
-            return
-        heapq.heappush(slab.free, segment.slot)
+        if slab is not None:
+            self._give_back(slab, segment.slot)
+
+    def _give_back(self, slab: _Slab, slot: int) -> None:
+        heapq.heappush(slab.free, slot)
         if len(slab.free) == slab.slots:
             self.slabs[slab.capacity].remove(slab)
             self.bytes -= slab.kv.nbytes
 
-    def _take(self, capacity: int, count: int) -> Iterable[tuple[_Slab, int]]:
-        """`count` free slots, the lowest ones of old slabs first, then of a new slab."""
-        for slab in self.slabs[capacity]:
-            while slab.free and count:
-                count -= 1
-                yield slab, heapq.heappop(slab.free)
-        if count:
-            so_far = sum(slab.slots for slab in self.slabs[capacity])
-            slots = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
-            if (slots - count) * self._slot_bytes(capacity) > self.spare:
-                slots = count
-            self.spare -= (slots - count) * self._slot_bytes(capacity)
-            shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
-            # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
-            kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            slab = _Slab(self.made, capacity, kv, list(range(slots)))
-            self.made += 1
-            self.slabs[capacity].append(slab)
-            self.bytes += slab.kv.nbytes
-            for _ in range(count):
-                yield slab, heapq.heappop(slab.free)
-
-    def _slot_bytes(self, capacity: int) -> int:
-        return self.layers * 2 * self.kv_heads * capacity * self.head_size * self.dtype.itemsize
-
-    def _check_budget(self, wanted: dict[int, list[_Segment]]) -> None:
-        if self.budget is None:
-            return
-        more = 0
-        for capacity, movers in wanted.items():
-            free = sum(len(slab.free) for slab in self.slabs[capacity])
-            more += max(0, len(movers) - free) * self._slot_bytes(capacity)
+    def _grow(self, wanted: dict[int, int]) -> None:
+        """Make slabs, so that there are as many free slots of each capacity as are wanted."""
+        missing = {}
+        for capacity, count in wanted.items():
+            missing[capacity] = max(0, count - sum(len(slab.free) for slab in self.slabs[capacity]))
+        more = sum(count * self._slot_bytes(capacity) for capacity, count in missing.items())
         if self.bytes + more > self.budget:
             raise _NoRoom(
                 f"memory budget of {self.budget / 1e9:.3g} GB is too small: {self.bytes / 1e9:.3g} GB hold keys and "
                 f"values and one more row needs {more / 1e9:.3g} GB; raise memory_gb or release rows"
             )
-        self.spare = self.budget / 2 - self.bytes - more
+        for capacity, count in missing.items():
+            so_far, each = sum(slab.slots for slab in self.slabs[capacity]), self._slot_bytes(capacity)
+            plenty = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
+            fits = self.bytes + more + (plenty - count) * each <= self.budget / 2
+            if count:
+                self._add_slab(capacity, plenty if fits else count)
+            more -= count * each
+
+    def _add_slab(self, capacity: int, slots: int) -> None:
+        shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
+        # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
+        slab = _Slab(self.made, torch.zeros(shape, dtype=self.dtype, device=self.device))
+        self.slabs[capacity].append(slab)
+        self.bytes += slab.kv.nbytes
+        self.made += 1
+
+    def _slot_bytes(self, capacity: int) -> int:
+        return self.layers * 2 * self.kv_heads * capacity * self.head_size * self.dtype.itemsize
 
 
-def _round_up(count: int, least: int, step: int) -> int:
-    """To a power of two from `least` to `step`, or to a multiple of `step`."""
-    return max(least, 1 << (count - 1).bit_length()) if count <= step else -(-count // step) * step
+def _round_up(count: int) -> int:
+    """To a power of two from 16 to 256, or to a multiple of 256."""
+    return max(16, 1 << (count - 1).bit_length()) if count <= 256 else -(-count // 256) * 256
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -1055,3 +970,82 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
         raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in weights}).eval()
+
+
+def _tree_attention(module, query, key, value, attention_mask, scaling=None, tree: _Forward = None, **kwargs):
+    """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
+    unknown = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
+    query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
+    return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
+
+
+AttentionInterface.register(ATTENTION, _tree_attention)
+
+
+class LlamaDecoder:
+    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
+    small model is the module tree around its matrix products. Used where the parts are there under their usual names
+    and the logits agree with the model's own (Sampler checks); everything else takes transformers' forward.
+    """
+
+    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
+
+    def __init__(self, decoder: torch.nn.Module, config: Any):
+        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
+        self.layers = []
+        for layer in decoder.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
+                raise AttributeError("a projection is not a plain linear layer")
+            weights = [(module.weight, module.bias) for module in linear]
+            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
+        self.kv_heads = config.num_key_value_heads
+        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
+        self.eps = decoder.norm.variance_epsilon
+        self.cos = self.sin = None  # [positions, 1, D]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> LlamaDecoder | None:
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") not in cls.STATIC_ROPE:
+            return None
+        try:
+            return cls(model.base_model, model.config)
+        except AttributeError:
+            return None
+
+    def forward(self, tree: _Forward) -> Tensor:
+        """Hidden states after the last norm, [N, E]."""
+        x = self.embed(tree.input_ids)  # [N, E]
+        cos, sin = self._angles(tree, x)  # [N, 1, D]
+        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
+            h = self._rms(norms[0], x)
+            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
+            turned = both[:, : -self.kv_heads]  # queries and keys
+            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
+                if norm is not None:
+                    part.copy_(self._rms(norm, part))
+            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
+            swapped = turned.roll(self.head_size // 2, -1)
+            turned.mul_(cos).addcmul_(swapped, sin)
+            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
+            x = x + F.linear(tree.attend(i, query, kv, scale).flatten(1), *o)
+            h = self._rms(norms[1], x)
+            x = x + F.linear(act(F.linear(h, *gate)).mul_(F.linear(h, *up)), *down)
+        return self._rms(self.norm, x)
+
+    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+
+    def _angles(self, tree: _Forward, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cos is None or len(self.cos) < tree.reach:
+            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
+            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
+            half = sin.shape[-1] // 2
+            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)

@@ -3,16 +3,14 @@
     python benchmarks/sampler.py                                   # the tiny policy, a minute
     python benchmarks/sampler.py --model FOLDER                    # a real one, such as SmolLM2-135M
     python benchmarks/sampler.py --growth                          # how cost grows with K, prompt length and M
-    python benchmarks/sampler.py --model qwen --dtype bfloat16 --schedule.problems 64 --methods ours graphs compiled \
-        reprefill                                                  # for a GPU; not run yet
+    python benchmarks/sampler.py --model qwen --dtype bfloat16 --schedule.problems 64 --methods ours reprefill
+                                                                   # for a GPU; not run yet
 
 Schedule: P problems; K sketches of `sketch` tokens, each after all earlier ones and a separator; then for each sketch
 M solutions of `solution` tokens, after the prompt and that sketch. Nothing stops early: every method samples as many
 tokens.
 
   ours        sampler.py: the prompt once, a history never again, forks share; all problems in one running batch
-  graphs      the same with Sampler(graphs="on"), on a GPU: several tokens at a time as CUDA graphs
-  compiled    the same through torch.compile
   reprefill   `generate` on the whole context of every sketch and solution (its own cache within a call)
   kept cache  `generate` with past_key_values carried from sketch to sketch, the prompt's repeated for the solutions
   batch       `generate_batch`: continuous batching over a paged cache with prefix sharing
@@ -25,7 +23,6 @@ resident set during a method.
 """
 
 import copy
-import functools
 import json
 import sys
 import threading
@@ -301,11 +298,9 @@ class PeakMemory:
 def measure(model, s: Schedule, options: Options, methods: tuple[str, ...], rates: tuple[float, float]) -> dict:
     """Best seconds of each method, the methods taking turns."""
     prompts = s.prompts(model.config.vocab_size)
-    ways = {name: way for name, way in dict(ours="off", graphs="on", compiled="compiled").items() if name in methods}
-    samplers = {name: Sampler(model, [], max_rows=4096, graphs=way) for name, way in ways.items()}
-    for name in samplers.keys() - {"ours"}:
-        ours(samplers[name], s, prompts)  # captures and compiles
-    calls = {name: functools.partial(ours, sampler, s, prompts) for name, sampler in samplers.items()} | {
+    sampler = Sampler(model, [], max_rows=4096)
+    calls = {
+        "ours": lambda: ours(sampler, s, prompts),
         "reprefill": lambda: reprefill(model, s, prompts),
         "kept cache": lambda: kept_cache(model, s, prompts),
         "batch": lambda: generate_batch(model, s, prompts),

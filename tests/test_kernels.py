@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tree_oracle
 
 import kernels
 from kernels import TokenStats, linear_policy_loss, linear_token_stats, scaled_logits, token_stats
@@ -796,62 +795,6 @@ print(doctest.testmod(kernels).failed)
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SESA_KERNELS")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.strip() == "0", done.stdout + done.stderr
-
-
-# ------------------------------------------------------------------------------------------- attention to a tree
-
-
-def make_tree(rows, heads, kv_heads, d, dtype, seed=0, layers=3):
-    """Rows of a prompt that two of them share (40 tokens, one slab), a middle (0 to 70, another slab) and a leaf."""
-    gen = torch.Generator().manual_seed(seed)
-
-    def slab(slots, capacity):
-        return torch.randn(layers, 2, slots, kv_heads, capacity, d, generator=gen).to(DEVICE, dtype)
-
-    slabs = [slab(rows, 64), slab(rows, 128), slab(rows + 1, 32)]
-    spans, positions = torch.zeros(rows, 4, 4, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    spans[:, :, 0] = 2**62
-    lengths = [(40, 70 * r // max(1, rows - 1), 5 * r) for r in range(rows)]
-    for r, counts in enumerate(lengths):
-        first = used = 0
-        for kv, slot, count in zip(slabs, (r // 2, r, r + 1), counts):
-            if count or kv is slabs[-1]:  # an empty leaf has its place all the same
-                to_value, to_slot, to_head = (kv.element_size() * stride for stride in kv.stride()[1:4])
-                spans[r, used] = torch.tensor([first, kv.data_ptr() + slot * to_slot, to_head, to_value])
-                first, used = first + count, used + 1
-        positions[r] = first
-    qkv = torch.randn(rows, heads + 2 * kv_heads, d, generator=gen).to(DEVICE, dtype)
-    return (qkv[:, :heads], qkv[:, heads:], spans.to(DEVICE), positions.to(DEVICE)), slabs, lengths
-
-
-# bf16 only on a GPU: the interpreter multiplies matrices of bf16 as integers
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", pytest.param("bf16", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")])])
-@pytest.mark.parametrize("programs", [1, 12])
-@pytest.mark.parametrize("rows, heads, kv_heads, d", [(3, 4, 2, 32), (2, 3, 3, 24), (1, 6, 1, 64), (1, 2, 2, 8)])
-@pytest.mark.skipif(kernels.triton is None, reason="no triton here")
-def test_tree_attention_equals_float64(rows, heads, kv_heads, d, programs, dtype, monkeypatch):
-    """One split and several; a group of one and of six heads; head sizes that are no power of two, and small."""
-    monkeypatch.setattr(kernels, "TREE_PROGRAMS", programs)
-    (query, kv, *where), slabs, lengths = make_tree(rows, heads, kv_heads, d, DTYPES[dtype])
-    expected, layer = torch.empty(rows, heads, d, dtype=torch.float64), 2
-    cached = [slab.clone() for slab in slabs]
-    for r, counts in enumerate(lengths):
-        slots = [slab[layer, :, slot, :, :count] for slab, slot, count in zip(slabs, (r // 2, r, r + 1), counts)]
-        new = kv[r].view(2, kv_heads, 1, d)
-        keys, values = torch.cat([*slots, new], 2).double().cpu()  # [J, L, D]
-        q = query[r].double().cpu().view(kv_heads, -1, d)
-        expected[r] = ((q @ keys.transpose(1, 2) * 0.3).softmax(-1) @ values).view(heads, d)
-        cached[2][layer, :, r + 1, :, counts[2]] = kv[r].view(2, kv_heads, d)
-    out = kernels.tree_attention(query, kv, *where, layer, 0.3)
-    tolerance = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 3e-2}[dtype]
-    torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=tolerance)
-    for slab, before in zip(slabs, cached):  # the new keys and values are in their places, and nothing else has changed
-        assert torch.equal(slab, before)
-    if not ON_GPU:
-        by_the_book = tree_oracle.tree_attention(query.float(), kv.float(), *where, layer, 0.3)
-        if dtype == "fp32":
-            torch.testing.assert_close(by_the_book.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_doctests():

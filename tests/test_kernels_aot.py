@@ -30,27 +30,25 @@ except ImportError as error:  # no triton: nothing to compile
 pytestmark = pytest.mark.skipif(import_error is not None, reason=f"{import_error}")
 FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32", "TARGET_XY": "*fp32"}
 BACKWARD_POINTERS = {"TARGETS": "*i64"} | dict.fromkeys(["MOMENTS", "G_LOGP", "G_ENTROPY", "G_KL"], "*fp32")
-INTEGERS = dict.fromkeys(
-    "stride_x stride_y stride_dx stride_query stride_kv num_rows V first tiles splits layer".split(), "i32"
-)
+INTEGERS = dict.fromkeys("stride_x stride_y stride_dx num_rows V first tiles splits".split(), "i32")
 
 
 # ------------------------------------------------------------------------------------------- compile and count
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, arch: int, warps: int = 1, stages: int = 1) -> dict:
+def compile_kernel(kernel, pointers: dict[str, str], constants: dict, arch: int, warps: int = 1) -> dict:
     """Compile one configuration as the launcher would, with pointers, strides and sizes divisible by 16."""
     names = kernel.arg_names
     types = pointers | INTEGERS
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    divisible = [name for name in names if name not in constants and name not in ("tiles", "splits", "layer")]
+    divisible = [name for name in names if name not in constants and name not in ("tiles", "splits")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": 1}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -63,7 +61,7 @@ def compile_kernel(kernel, pointers: dict[str, str], constants: dict, arch: int,
         "spills": len(re.findall(r"\b(LDL|STL)\b", code)),
         "fp64": len(re.findall(r"\b(DADD|DMUL|DFMA|DSETP)\b", code)),
         "atomics": len(re.findall(r"\b(ATOM|ATOMG|ATOMS|RED)\b", code)),
-        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128", code)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", code)),
         "loop": max(loop_lengths(code), default=0),
         "target": re.search(r"\.target (\S+)", binary.asm["ptx"]).group(1),
     }
@@ -109,13 +107,6 @@ def measure(arch: int, dtypes: list[str], softcaps: list[float]) -> list[dict]:
         constants = {"temperature": 0.7, "SPLITS": 64, "ROWS": 32} | ({} if ref else {"KL": None, "REF_LOGP": None})
         counts = compile_kernel(kernels._combine_kernel, {"TARGETS": "*i64"} | outputs, constants, arch, warps=4)
         rows.append({"kernel": "combine", "dtype": "fp32", "softcap": 0.0, "ref": ref} | counts)
-    for dtype, (d, group) in product({name.split(":")[0] for name in dtypes}, [(128, 6), (64, 3), (8, 1)]):
-        cache = dict.fromkeys(["QUERY", "KV"], f"*{dtype}") | dict.fromkeys(["SPANS", "POSITIONS"], "*i64")
-        parts = dict.fromkeys(["PARTS", "PEAKS", "MASSES"], "*fp32")
-        block = 16 if dtype == "fp32" else 64
-        constants = {"scale": 0.1, "GROUP": group, "D": d, "NUM_SPANS": 4, "SPLITS": 4, "HEADS": 16, "WIDTH": max(16, d)}
-        counts = compile_kernel(kernels._tree_kernel, cache | parts, constants | {"BLOCK": block}, arch, 4, 2)
-        rows.append({"kernel": "tree", "dtype": dtype, "d": d, "group": group} | counts)
     for row in rows:
         row["per_element"] = round(row["loop"] / 32, 2)  # a lane of the one warp has BLOCK / 32 = 32 elements of a tile
     return rows
@@ -157,7 +148,7 @@ def sm90():
 
 
 def test_sm90_needs_no_spills_no_doubles_no_atomics(sm90):
-    assert len(sm90) == 2 * 2 * 3 + 2 + 2 * 3
+    assert len(sm90) == 2 * 2 * 3 + 2
     check_common(sm90, "sm_90a")
 
 
@@ -174,15 +165,6 @@ def test_sm90_backward_is_bound_by_memory(sm90):
         assert row["wide_loads"] > 0, row
 
 
-def test_sm90_tree_attention_is_bound_by_memory(sm90):
-    """Keys and values of a block come in copies of 16 bytes; in bf16 an SM reads the 32 KB of D = 128 in 1,580 cycles,
-    in which each of its four schedulers can issue as many instructions, and has to issue `loop`."""
-    for row in (row for row in sm90 if row["kernel"] == "tree"):
-        block, size = (16, 4) if row["dtype"] == "fp32" else (64, 2)
-        assert row["wide_loads"] >= 2 * block * row["d"] * size // (128 * 16), row
-        assert 50 < row["loop"] < 1000, row
-
-
 def test_sm80_compiles_within_its_registers():
     check_common(counts_of(80, "bf16"), "sm_80")
 
@@ -191,7 +173,7 @@ def test_sm80_compiles_within_its_registers():
 @pytest.mark.parametrize("arch, target", [(90, "sm_90a"), (80, "sm_80")])
 def test_every_dtype_and_softcap(arch, target):
     rows = counts_of(arch, "bf16,fp32,fp16,fp32:bf16", "0,30")
-    assert len(rows) == 4 * 2 * 2 * 3 + 2 + 3 * 3
+    assert len(rows) == 4 * 2 * 2 * 3 + 2
     check_common(rows, target)
 
 

@@ -5,7 +5,6 @@ only if a uniform number falls that close to an edge of the distribution. Seeds 
 """
 
 import doctest
-import functools
 import math
 import random
 import subprocess
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tree_oracle
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,10 +34,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import kernels
 import sampler as sampler_module
-from kernels import draw_tokens, stream, token_stats, truncate, uniform
-from sampler import Sampler, SamplingParams, Stats
+from kernels import token_stats
+from sampler import Sampler, SamplingParams, Stats, draw_tokens, stream, truncate, uniform
 
 VOCAB, STOP = 97, 7
 STOPS = [STOP, 23, 41, 60, 88]  # several, so that rows end at different times
@@ -85,23 +82,6 @@ def make_model(kind="llama", seed=0, **changes):
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-windows = pytest.mark.skipif(
-    kernels.triton is None or torch.cuda.is_available(), reason="needs Triton's interpreter; on a GPU there is `gpu`"
-)
-
-
-@pytest.fixture
-def textbook(monkeypatch):
-    """The attention of windows by the textbook: the kernel itself would take the interpreter minutes."""
-    monkeypatch.setattr(sampler_module, "tree_attention", tree_oracle.tree_attention)
-
-
-@pytest.fixture(params=["off", pytest.param("on", marks=windows)])
-def graphs(request, textbook):
-    """Decoding one token at a time, and in windows of several."""
-    return request.param
 
 
 def fresh(model, rows, params, seeds):
@@ -199,14 +179,14 @@ def test_bf16_logps_are_as_close_to_fp32_as_the_model_itself():
     ],
     ids=str,
 )
-def test_tokens_depend_on_nothing_but_row_params_and_seed(model, options, graphs):
-    """Batch size, order, waves, chunked prefill, sharing, windows and a tight memory budget change no token."""
-    params = SamplingParams(temperature=1.2, min_p=0.01, top_p=0.95 if graphs == "off" else 1.0, max_new_tokens=40)
+def test_tokens_depend_on_nothing_but_row_params_and_seed(model, options):
+    """Batch size, order, waves, chunked prefill, sharing and a tight memory budget change no token."""
+    params = SamplingParams(temperature=1.2, min_p=0.01, top_p=0.95, max_new_tokens=40)
     prompts = [PROMPTS[i % 4] + [20 + i] for i in range(12)]
     alone = fresh(model, prompts, params, range(100, 112))
     assert len({len(completion.ids) for completion in alone}) > 3  # rows leave at different times
     order = random.Random(0).sample(range(12), 12)
-    sampler = Sampler(model, STOPS, graphs=graphs, **options)
+    sampler = Sampler(model, STOPS, **options)
     roots = sampler.prefill(PROMPTS[:4])
     rows = [sampler.fork([roots[i % 4]], 1)[0] for i in order]
     sampler.extend(rows, [[20 + i] for i in order])
@@ -238,14 +218,14 @@ def test_a_sequential_chain_equals_the_chain_without_cache(model):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_operations_equal_recomputation(seed, graphs):
+def test_random_operations_equal_recomputation(seed):
     """Any sequence of prefill, extend, fork, rewind, release and sample, with forks of forks that are not computed
     yet, against an oracle that keeps plain lists and recomputes everything."""
     rng = random.Random(seed)
     model = make_model(["llama", "qwen2", "qwen3"][seed % 3], seed)
     limits = dict(max_rows=rng.choice([2, 5, 256]), max_forward_tokens=rng.choice([3, 4096]))
     limits |= dict(memory_gb=rng.choice([None, 5e-4, 3e-4]))
-    sampler = Sampler(model, STOPS, share_from=rng.choice([0, 5, 33]), graphs=graphs, **limits)
+    sampler = Sampler(model, STOPS, share_from=rng.choice([0, 5, 33]), **limits)
     known: dict[int, list[int]] = {}
 
     def some_ids(longest):
@@ -281,7 +261,6 @@ def test_random_operations_equal_recomputation(seed, graphs):
         assert sampler.cache_bytes <= 1e9 * (limits["memory_gb"] or 1)
     sampler.release(known)
     assert sampler.cache_bytes == 0
-    assert (graphs == "off") == (len(sampler._windows) == 0)
 
 
 def test_a_row_goes_on_after_forks_that_drew_from_its_last_state_alone(model):
@@ -292,133 +271,6 @@ def test_a_row_goes_on_after_forks_that_drew_from_its_last_state_alone(model):
     [second] = sampler.sample([row], SamplingParams(max_new_tokens=5), [3])
     expected = teacher_forced(model, [1, 2, 3, *first.ids], second.ids, 1.0)
     torch.testing.assert_close(torch.tensor(second.logps), expected, rtol=0, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------------- windows
-
-
-@windows
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_windows_with_the_kernel(kind, monkeypatch):
-    """The real attention, on a CPU in the interpreter: forks of forks, rows that end at different times, idle rows."""
-    monkeypatch.setattr(kernels, "TREE_PROGRAMS", 1)
-    model = make_model(kind, num_hidden_layers=1)
-    both = []
-    for graphs in ("off", "on"):
-        sampler = Sampler(model, STOPS, graphs=graphs, share_from=4)
-        rows = sampler.fork(sampler.prefill(PROMPTS[:2] + PROMPTS[2:3]), 1)
-        out = sampler.sample(rows, SamplingParams(temperature=1.3, max_new_tokens=6), range(3))
-        kids = sampler.fork(sampler.extend(rows, [[9, 10]] * 3), 1)
-        out += sampler.sample(kids, SamplingParams(temperature=0, max_new_tokens=5), range(3))
-        both.append((out, sampler.stats.generated_tokens, sampler.stats.decode_tokens, sampler.stats.prefill_tokens))
-    (expected, *counted), (out, *counted_too) = both
-    assert tokens(out) == tokens(expected) and counted == counted_too
-    assert set(sampler._windows) >= {(4, 2, (1.3, 1.0, 0, 0.0)), (4, 4, (0, 1.0, 0, 0.0))}
-    for ours, theirs in zip(out, expected):
-        assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)
-
-
-@windows
-def test_windows_are_as_long_as_the_row_with_the_fewest_tokens_to_go(model, monkeypatch, textbook):
-    steps, draw = [], sampler_module._Window.draw
-    counted = lambda self, drafts, spans, n: steps.append((len(drafts), n)) or draw(self, drafts, spans, n)  # noqa: E731
-    monkeypatch.setattr(sampler_module._Window, "draw", counted)
-    sampler = Sampler(model, [], graphs="on")
-    steps.clear()  # of the check
-
-    def program(row, count):
-        yield [row], SamplingParams(max_new_tokens=count), [row]
-
-    sampler.run([program(row, count) for row, count in zip(sampler.prefill(PROMPTS[:2]), (7, 12))])
-    assert steps == [(2, 4), (2, 2), (1, 4), (1, 1)]  # the first token of a row comes with its prompt
-    assert sampler.stats.generated_tokens == 19 and sampler.stats.decode_steps == 12
-
-
-@windows
-def test_a_window_gives_way_where_the_memory_is_too_small_for_it(model, textbook):
-    """A row that ends within its budget must not fail for the tokens that a window would have drawn beyond its end."""
-    prompt, token = [1 + i % 90 for i in range(61)], 2 * 2 * 2 * 12 * 4  # layers, keys and values, heads, size, bytes
-    params = SamplingParams(max_new_tokens=20)
-    [free] = fresh(model, [prompt], params, [0])
-    assert len(set(free.ids[:3])) == 3
-    for graphs in ("off", "on"):
-        sampler = Sampler(model, free.ids[2:3], memory_gb=80 * token / 1e9, graphs=graphs)
-        [completion] = sampler.sample(sampler.prefill([prompt]), params, [0])  # 63 of 64 tokens; a window asks for 65
-        assert completion.ids == free.ids[:3] and sampler.cache_bytes == 64 * token
-
-
-@windows
-def test_windows_and_single_tokens_take_turns(model, textbook):
-    """top-p takes the way of one token at a time, and must not go on from where it was before a window."""
-    both = []
-    for graphs in ("off", "on"):
-        sampler, out = Sampler(model, [], graphs=graphs), []
-        rows = sampler.prefill(PROMPTS[:2])
-        for turn in range(6):
-            params = SamplingParams(top_p=(0.9, 1.0)[turn % 2], max_new_tokens=5)
-            out += tokens(sampler.sample(rows, params, [turn, 100 + turn]))
-        both.append(out)
-    assert both[0] == both[1]
-
-
-@windows
-def test_windows_that_are_wrong_on_this_machine_are_refused(model, monkeypatch):
-    monkeypatch.setattr(sampler_module, "tree_attention", lambda query, *_: query)
-    with pytest.raises(ValueError, match="graphs='on' gives log-probs that are off by"):
-        Sampler(model, [], graphs="on")
-
-
-@windows
-def test_a_window_keeps_the_angles_that_it_was_recorded_with(textbook):
-    """A row beyond the model's positions, prefilled only to be cut, makes new tables; a graph reads the old ones."""
-    sampler = Sampler(make_model(max_position_embeddings=128), [], graphs="on")
-    window = next(iter(sampler._windows.values()))
-    before = window.angles
-    kids = sampler.fork(sampler.prefill([[1 + i % 90 for i in range(200)]]), 1)
-    sampler.rewind(kids, [100])
-    sampler.sample(kids, SamplingParams(max_new_tokens=2), [0])
-    assert window.angles[0] is before[0] and len(sampler._blocks.cos) > len(before[0]) >= 128
-
-
-@windows
-@pytest.mark.slow
-def test_a_step_compiles_whole(model, monkeypatch):
-    """torch.compile meets nothing that it cannot take in one piece (our kernel excepted, which needs a GPU for that)."""
-
-    def attention(query, kv, spans, positions, layer, scale):
-        return query * kv.sum(1, keepdim=True) * scale + positions[:, None, None]
-
-    monkeypatch.setattr(sampler_module, "tree_attention", attention)
-    monkeypatch.setattr(kernels.torch, "compile", functools.partial(torch.compile, fullgraph=True))
-    sampler = Sampler(model, STOPS)
-    sampler._graph_pool = None
-    with torch.inference_mode():
-        plain = sampler_module._Window(sampler, 4, 2, (0.8, 1.0, 5, 0.01))
-        sampler.graphs = "compiled"
-        compiled = sampler_module._Window(sampler, 4, 2, (0.8, 1.0, 5, 0.01))
-        for window in (plain, compiled):
-            window.run()
-            window.run()
-    assert torch.equal(plain.ids, compiled.ids) and plain.positions.tolist() == compiled.positions.tolist() == [3] * 4
-    torch.testing.assert_close(plain.logps, compiled.logps)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("graphs", ["on", "compiled"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_captured_windows_draw_what_plain_decoding_draws(kind, graphs):
-    model = make_model(kind).to("cuda")
-    both = []
-    for way in ("off", graphs):
-        sampler = Sampler(model, STOPS, graphs=way)
-        rows = sampler.fork(sampler.prefill(PROMPTS), 4)
-        both.append(sampler.sample(rows, SamplingParams(temperature=1.1, max_new_tokens=40), range(20)))
-    same = sum(ours.ids == theirs.ids for ours, theirs in zip(*both))
-    assert same >= 18  # rounding differs between kernels: a token may flip
-    for ours, theirs in zip(*both):
-        if ours.ids == theirs.ids:
-            assert ours.logps == pytest.approx(theirs.logps, abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------- programs
@@ -442,17 +294,17 @@ def sesa_program(sampler, problem, prompt, num_sketches, num_solutions):
 
 
 @pytest.mark.parametrize("max_rows", [2, 256])
-def test_programs_share_a_batch_and_change_no_token(model, max_rows, graphs):
+def test_programs_share_a_batch_and_change_no_token(model, max_rows):
     prompts = [PROMPTS[i % 3] + [70 + i] for i in range(5)]
     alone = []
     for i, prompt in enumerate(prompts):
         sampler = Sampler(model, STOPS)
         alone += sampler.run([sesa_program(sampler, i, prompt, 4, 2)])
     steps_alone = 0
-    shared = Sampler(model, STOPS, max_rows=max_rows, graphs=graphs)
+    shared = Sampler(model, STOPS, max_rows=max_rows)
     assert shared.run([sesa_program(shared, i, prompt, 4, 2) for i, prompt in enumerate(prompts)]) == alone
     assert shared.cache_bytes == 0
-    if max_rows == 256 and graphs == "off":  # nobody waits: as many steps as the longest program, not as the sum of the stages' maxima
+    if max_rows == 256:  # nobody waits: as many steps as the longest program, not as the sum of the stages' maxima
         for texts, solutions in alone:
             steps_alone = max(steps_alone, sum(map(len, texts)) + max(map(len, solutions)))
         assert shared.stats.decode_steps == steps_alone
@@ -513,13 +365,13 @@ def test_the_stop_token_is_kept_and_ends_a_row(model):
     assert all(len(c.ids) == len(c.logps) for c in out)
 
 
-def test_stop_texts_end_a_row_at_the_token_that_completes_them(model, graphs):
+def test_stop_texts_end_a_row_at_the_token_that_completes_them(model):
     def decode(ids):
         return "".join(chr(48 + i) for i in ids)
 
     free = fresh(model, [PROMPTS[0]] * 4, SamplingParams(max_new_tokens=30), range(4))
     stops = (decode(free[0].ids[5:8]), decode(free[2].ids[3:4]))
-    sampler = Sampler(model, STOPS, decode=decode, graphs=graphs)
+    sampler = Sampler(model, STOPS, decode=decode)
     rows = sampler.fork(sampler.prefill([PROMPTS[0]]), 4)
     out = sampler.sample(rows, SamplingParams(max_new_tokens=30, stop=stops), range(4))
     for before, after in zip(free, out, strict=True):
@@ -619,11 +471,6 @@ def test_uniforms_are_splitmix64_and_uniform():
             bits = mix((mix(seed % 2**64) + (t + 1) * 0x9E3779B97F4A7C15) % 2**64)
             assert uniform(stream(seed), t) == ((bits >> 16) + 0.5) / 2**48
     assert stream(-1) == stream(2**64 - 1)  # seeds are taken modulo 2^64
-    streams = [stream(seed) for seed in seeds]
-    signed = torch.tensor([(bits + 2**63) % 2**64 - 2**63 for bits in streams])
-    assert signed.min() < 0 < signed.max()
-    for t in (0, 1, 10**6):
-        assert uniform(signed, torch.full_like(signed, t)).tolist() == [uniform(bits, t) for bits in streams]
     many = torch.tensor([[uniform(stream(seed), t) for t in range(100)] for seed in range(1000)])
     counts = torch.histc(many.flatten(), 50, 0, 1).double()
     assert p_value(counts, torch.full((50,), 1 / 50, dtype=torch.float64)) > 1e-4
@@ -749,25 +596,12 @@ def test_models_that_we_would_get_wrong_are_refused(make, message):
 # ---------------------------------------------------------------------------------------------------- errors
 
 
-GRAPHLESS = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6)  # 24 bytes a head in fp32
-
-
-@windows
-@pytest.mark.parametrize("kind, changes", [("phi3", {}), ("llama", GRAPHLESS)], ids=["not written out", "unaligned"])
-def test_models_without_graphs_are_refused_them(kind, changes):
-    model = make_model(kind, **changes)
-    Sampler(model, [])
-    with pytest.raises(ValueError, match="graphs='on' .* must be off, or .* with a GPU"):
-        Sampler(model, [], graphs="on")
-
-
 def test_wrong_input_is_named(model):
     sampler = Sampler(model, STOPS)
     (row,) = sampler.prefill([PROMPTS[0]])
     params = SamplingParams(max_new_tokens=2)
     cases = [
         (lambda: Sampler(model, [], max_rows=0), "max_rows=0"),
-        (lambda: Sampler(model, [], graphs="yes"), "graphs='yes'"),
         (lambda: SamplingParams(temperature=-1), "temperature=-1"),
         (lambda: SamplingParams(top_p=0), "top_p=0"),
         (lambda: SamplingParams(top_k=-1), "top_k=-1"),
