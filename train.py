@@ -1339,97 +1339,85 @@ def draw_evaluations(axis, evaluations: Sequence[dict], task: tasks.Task) -> Non
 
 
 def describe(config: Config, task: tasks.Task) -> None:
-    """--dry_run: every value, and the sizes that follow from them."""
-    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    limits = task.tiny_tokens if config.model == "tiny" else limits
+    """--dry_run: every value, the sizes that follow from them, and the memory that each rank takes."""
+    tiny, ranks = is_tiny(config.model), int(os.environ.get("WORLD_SIZE", 1))
+    limits = task.tiny_tokens if tiny else dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     sketch = config.max_sketch_tokens or limits["sketch"]
     turn = config.max_new_tokens or limits["solution"]
     solution = turn * task.max_turns if task.two_stage else sketch
-    grpo, answers = config.method == "grpo", config.num_sketches * config.num_solutions
-    answers = config.group_size if grpo else answers
-    drafts = 0 if grpo or not task.two_stage else config.num_sketches * sketch
+    staged = config.method == "sesa" and task.two_stage
+    tokens = config.group_size * solution + staged * config.num_sketches * sketch
     sizes = dict(
-        ranks=int(os.environ.get("WORLD_SIZE", 1)),
-        answers_per_step=config.problems_per_step * answers,
-        most_tokens_per_step=config.problems_per_step * (answers * solution + drafts),
+        ranks=ranks,
+        answers_per_step=config.problems_per_step * config.group_size,
+        most_tokens_per_step=config.problems_per_step * tokens,
         updates=config.steps * config.minibatches,
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
-    model, on_gpu = meta_model(config, task), torch.cuda.is_available() and config.device != "cpu"
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    model = tiny_policy(config, task).model if config.model == "tiny" else meta_model(config.model)
     config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
-    for name, value in (dataclasses.asdict(config) | sizes).items():
-        print(f"  {name:24}{value}")
-    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    parts = memory(model, config, sizes["most_tokens_per_step"] / ranks, ranks, on_gpu)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_gpu:
-        there = torch.cuda.get_device_properties(0).total_memory
-    print("memory of each rank, GB")
-    for name, size in parts.items():
-        print(f"  {name:24}{size / 1e9:.3f}")
+    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else there
     total = sum(parts.values())
     fits = "fits" if total < there else "DOES NOT FIT; more ranks, --gradient_checkpointing, --cache_gb help"
-    print(f"  {'together':24}{total / 1e9:.3f} of {there / 1e9:.1f}: {fits}")
+    parts |= dict(together=total, there=there)
+    for name, value in (dataclasses.asdict(config) | sizes).items():
+        print(f"  {name:24}{value}")
+    print(f"memory of each rank, GB: {fits}")
+    for name, size in parts.items():
+        print(f"  {name:24}{size / 1e9:.3f}")
 
 
-def meta_model(config: Config, task: tasks.Task) -> nn.Module:
+def meta_model(name: str) -> nn.Module:
     """The model as its config says, without weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if config.model == "tiny":
-        return tiny_policy(config, task).model
-    path = Path(config.model)
-    name, file = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
+    path, file = Path(name), {}
+    if path.suffix == ".gguf":
+        path, file = path.parent, dict(gguf_file=path.name)
     try:
-        shape = AutoConfig.from_pretrained(str(name), **file)
+        shape = AutoConfig.from_pretrained(str(path), **file)
     except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
-        raise UserError(f"--model {config.model}: its config cannot be read ({first_line(error)})") from None
+        raise UserError(f"--model {name}: its config cannot be read ({first_line(error)})") from None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape)
 
 
-def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
-    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+def memory(model: nn.Module, config: Config, tokens: float, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on a rank, at most; tokens: those that the rank draws in a step."""
     weights = 4 * sum(p.numel() for p in model.parameters())
-    share, half = weights / (config.shard_ranks or ranks), 2 if on_gpu else 1
-    _, width = layer_widths(model)
-    cache = tokens / ranks * 2 * width * model.config.num_hidden_layers * 4 / half
-    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    share, drawn_in = weights / (config.shard_ranks or ranks), 2 if on_gpu else 4  # bytes of a number
+    kept, keys, logits = token_bytes(model, config, on_gpu)
     return dict(
         weights=share,
         gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
         optimizer=2 * share,
-        rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
+        rollout_copy=weights * drawn_in / 4 if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
-        cache=min(cache, 1e9 * (config.cache_gb or math.inf)),
-        activations=config.micro_batch_tokens * a_token + logits,
+        cache=min(tokens * keys * drawn_in, 1e9 * (config.cache_gb or math.inf)),
+        activations=config.micro_batch_tokens * kept + logits,
     )
 
 
-def layer_widths(model: nn.Module) -> tuple[int, int]:
-    """(floats that a layer keeps of a token for the backward, as counted for Llama; the width of its keys)."""
+def token_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int, int]:
+    """(bytes that a token keeps for the backward, numbers in its keys and values, bytes of a chunk of logits with the
+    reference's and gradients), as counted for Llama."""
     shape = model.config
-    heads = shape.num_attention_heads
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    keys = (getattr(shape, "num_key_value_heads", None) or heads) * size
-    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    return 8 * shape.hidden_size + 4 * inner + 2 * keys, keys
-
-
-def micro_batch_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int]:
-    """(bytes that a token keeps for the backward, bytes of a chunk of logits with the reference's and gradients)."""
-    shape, (layer, _) = model.config, layer_widths(model)
-    layers, vocabulary = shape.num_hidden_layers, shape.vocab_size
-    kept = layers * shape.hidden_size + layer if config.gradient_checkpointing else layers * layer
-    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
-    return 4 * kept, 12 * chunk * vocabulary
+    width, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
+    keys = (getattr(shape, "num_key_value_heads", None) or heads) * (getattr(shape, "head_dim", None) or width // heads)
+    layer = 8 * width + 4 * (getattr(shape, "intermediate_size", None) or 4 * width) + 2 * keys
+    kept = layers * width + layer if config.gradient_checkpointing else layers * layer
+    chunk = 4096 if on_gpu else max(512, 2**21 // shape.vocab_size)  # as kernels.py cuts them
+    return 4 * kept, 2 * layers * keys, 12 * chunk * shape.vocab_size
 
 
 def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
     """micro_batch_tokens of a pretrained model: activations of 8 GB on a GPU, 0.75 GB on a CPU."""
-    a_token, logits = micro_batch_bytes(model, config, on_gpu)
-    room = (8e9 if on_gpu else 0.75e9) - logits
-    return int(min(16384, max(128, room / a_token)))
+    kept, _, logits = token_bytes(model, config, on_gpu)
+    return int(min(16384, max(128, ((8e9 if on_gpu else 0.75e9) - logits) / kept)))
 
 
 def show(config: Config, task: tasks.Task) -> None:

@@ -87,8 +87,8 @@ def model_of(name: str) -> torch.nn.Module:
 def decode(plan: Plan, model, rows: int, steps: int, context: int) -> float:
     """Seconds of `steps` forwards of one token in each of `rows` rows, which hold `context` tokens on the average."""
     weights = sum(p.numel() for p in model.parameters())
-    _, keys = train.layer_widths(model)
-    cache = rows * context * model.config.num_hidden_layers * 2 * keys * 2
+    _, keys, _ = train.token_bytes(model, train.Config(), on_gpu=True)
+    cache = rows * context * keys * 2
     reading = (2 * weights + cache) / (plan.memory_tbs * 1e12)
     computing = 2 * weights * rows / (plan.tflops * 1e12 * plan.efficiency)
     return steps * max(reading, computing, plan.forward_ms / 1e3)
@@ -136,7 +136,7 @@ def planned(plan: Plan) -> list[str]:
             answers = plan.problems_per_gpu * plan.num_sketches * plan.num_solutions
             drafts = plan.num_sketches * plan.sketch_tokens
             tokens = gpus * (answers * plan.solution_tokens + plan.problems_per_gpu * (drafts + plan.prompt_tokens))
-            held = sum(train.memory(model, config, tokens, gpus, on_gpu=True).values()) / 1e9
+            held = sum(train.memory(model, config, tokens / gpus, gpus, on_gpu=True).values()) / 1e9
             fits = f"{held:.0f}" + (" (does not fit)" if held > plan.gpu_gb else "")
             times = " | ".join(f"{value:.1f}" for value in parts.values())
             problems = gpus * enough_problems(plan, model, gpus)
@@ -253,26 +253,27 @@ def main() -> None:
     text = [
         "# Plan for scale",
         "",
-        "**A plan, not a measurement.** Made by `python experiments/scale.py` from counts of bytes and operations; nccl,",
-        "bf16 and these models have not been run. Seconds of a step, part by part, none of them overlapping:",
-        f"{answers}, {plan.sketch_tokens} of a sketch, {plan.solution_tokens} of a solution; memory {plan.memory_tbs} TB/s,",
+        "**A plan, not a measurement.** Made by `python experiments/scale.py` from counts of bytes and",
+        "operations; nccl, bf16 and these models have not been run. Seconds of a step, part by part, none of them",
+        f"overlapping: {answers}, {plan.sketch_tokens} of a sketch, {plan.solution_tokens} of a solution;",
+        f"memory {plan.memory_tbs} TB/s,",
         f"{plan.tflops:.0f} Tflop/s at {plan.efficiency:.0%}, {plan.link_gbs:.0f} GB/s in a node of 8 and "
         f"{plan.network_gbs:.0f} GB/s beyond, {plan.forward_ms:g} ms for a",
         "decode forward at least; weights travel in fp32 in the update; sharded over all GPUs, gradient checkpointing.",
         "",
         *planned(plan),
         "",
-        "The serial stage reads the weights K * L_s times whatever P is, until the rows of a GPU make a forward compute-bound;",
-        "the rest of the step grows with P. The last column is the P (all GPUs) from which Stage I is under a tenth of the",
-        "step. Gradients are counted whole: they are added up over micro-batches before they travel once.",
+        "The serial stage reads the weights K * L_s times whatever P is, until the rows of a GPU make a forward",
+        "compute-bound; the rest of the step grows with P. The last column is the P (all GPUs) from which Stage I is",
+        "under a tenth of the step. Gradients are counted whole: they are added up over micro-batches before they travel once.",
     ]
     if not plan.no_check:
         text += [
             "",
             "## Checked: what travels, measured on gloo processes of this machine",
             "",
-            "One step of the tiny policy (4 layers, width 64); tensors of more than one number, whole. Tokens are the same on",
-            "any number of processes; weights a process fall as 1/N.",
+            "One step of the tiny policy (4 layers, width 64); tensors of more than one number, whole. Tokens are the",
+            "same on any number of processes; weights a process fall as 1/N.",
             "",
             *checked(),
         ]

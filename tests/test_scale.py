@@ -422,7 +422,7 @@ def test_what_a_token_keeps_for_the_backward_is_what_is_told():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.base_model(input_ids=torch.zeros(2, 64, dtype=torch.long), use_cache=False)
-        told, _ = train.micro_batch_bytes(model, Config(), on_gpu=False)
+        told, _, _ = train.token_bytes(model, Config(), on_gpu=False)
         assert told == pytest.approx(sum(storages.values()) / 128, rel=0.1)
 
 
