@@ -235,13 +235,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -411,13 +406,16 @@ class Policy:
         (folder / "sesa.json").write_text(json.dumps(extra, ensure_ascii=False, indent=1))
 
 
-def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Policy:
-    """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32."""
+def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights: bool = True) -> Policy:
+    """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32.
+
+    Without weights nothing but its config and tokenizer is read (or downloaded).
+    """
     path, remedy = Path(name), "give tiny, a hub id, a folder or a .gguf file"
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
         raise UserError(f"--model {name}: there is no such file or folder; {remedy}")
     try:
-        model, tokenizer = load_pretrained(path)
+        model, tokenizer = load_pretrained(path, weights)
     except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
         raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}); {remedy}") from None
     ours = path / "sesa.json"
@@ -434,15 +432,18 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
     return policy
 
 
-def load_pretrained(path: Path) -> tuple[nn.Module, object]:
+def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     """(model, tokenizer) as transformers reads them; whatever goes wrong raises."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     name, file, quantized = str(path), {}, {}
     if path.suffix == ".gguf":
         name, file = str(path.parent), dict(gguf_file=path.name)
         quantized = dict(quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
+    if not weights:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **file)), tokenizer
     options = dict(dtype=torch.float32) | file | quantized
     return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
@@ -726,21 +727,17 @@ class Run:
 
     def tensors(self) -> dict:
         """What a checkpoint holds of this rank: its part of the weights and of the optimizer's moments, by name."""
-        weights, moments = get_state_dict(self.model, self.optimizer)
-        return dict(weights=weights, moments=moments)
+        return dict(zip(TENSORS, dcp_state.get_state_dict(self.model, self.optimizer), strict=True))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever the number of ranks that wrote it."""
-        options = StateDictOptions()
+        options = dcp_state.StateDictOptions()
         try:
             if (folder / "training_state.pt").exists():
-                tensors, options = old_tensors(folder, self.model), StateDictOptions(full_state_dict=True, strict=False)
+                tensors, options = old_tensors(folder, self.model), dcp_state.StateDictOptions(full_state_dict=True, strict=False)
             else:
                 dcp.load(tensors := self.tensors(), checkpoint_id=folder / "training_state")
-            set_state_dict(
-                self.model, self.optimizer, options=options,
-                model_state_dict=tensors["weights"], optim_state_dict=tensors["moments"],
-            )  # fmt: skip
+            dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
         except (Exception, CheckpointException) as error:  # a damaged file raises whatever the bytes lead to
             raise damaged(folder, error) from None
         self.refresh_actor()
@@ -1003,10 +1000,8 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    problems = [line for line in ranks.gather([problem]) if line]
-    if ranks.rank == 0 and problems:
+    if problems := [line for line in ranks.gather([problem]) if line]:
         shutil.rmtree(temporary, ignore_errors=True)
-    if problems:
         free = shutil.disk_usage(temporary.parent).free
         room = f"it needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free"
         raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
@@ -1025,13 +1020,17 @@ def damaged(folder: Path, error: BaseException) -> UserError:
     return UserError(f"{folder} is damaged ({line[0]}): remove it to resume from the one before it")
 
 
+TENSORS = ("model_state_dict", "optim_state_dict")  # what torch calls them
+
+
 def old_tensors(folder: Path, model: nn.Module) -> dict:
     """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
     saved = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")["optimizer"]
     names = [name for name, _ in model.named_parameters()]
     state = {names[i]: moments for i, moments in saved["state"].items()}
     groups = [group | dict(params=names) for group in saved["param_groups"]]
-    return dict(weights=load_file(folder / "model.safetensors"), moments=dict(state=state, param_groups=groups))
+    both = load_file(folder / "model.safetensors"), dict(state=state, param_groups=groups)
+    return dict(zip(TENSORS, both, strict=True))
 
 
 class RunFolder:
@@ -1244,9 +1243,8 @@ class Ranks:
         for ours, theirs in zip(model.buffers(), whole.buffers(), strict=True):
             ours.copy_(theirs)
         weights = whole.state_dict() if self.rank == 0 else {}
-        set_model_state_dict(
-            model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        )
+        options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        dcp_state.set_model_state_dict(model, weights, options=options)
         model.inside = lambda function, *args: function(model, *args)
         register_fsdp_forward_method(model, "inside")
         return model
@@ -1333,80 +1331,60 @@ def describe(config: Config, task: tasks.Task) -> None:
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
-    model, on_gpu = meta_model(config, task), torch.cuda.is_available() and config.device != "cpu"
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu:
+        there = torch.cuda.get_device_properties(0).total_memory
+    if config.model == "tiny":
+        model = tiny_policy(config, task).model
+    else:
+        model = load_policy(config.model, task, config.prompts, weights=False).model
     config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
     parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_gpu:
-        there = torch.cuda.get_device_properties(0).total_memory
+    parts |= dict(together=sum(parts.values()), there_are=there)
     print("memory of each rank, GB")
     for name, size in parts.items():
         print(f"  {name:24}{size / 1e9:.3f}")
-    total = sum(parts.values())
-    fits = "fits" if total < there else "DOES NOT FIT; more ranks, --gradient_checkpointing, --cache_gb help"
-    print(f"  {'together':24}{total / 1e9:.3f} of {there / 1e9:.1f}: {fits}")
-
-
-def meta_model(config: Config, task: tasks.Task) -> nn.Module:
-    """The model as its config says, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if config.model == "tiny":
-        return tiny_policy(config, task).model
-    path = Path(config.model)
-    name, file = (path.parent, dict(gguf_file=path.name)) if path.suffix == ".gguf" else (path, {})
-    try:
-        shape = AutoConfig.from_pretrained(str(name), **file)
-    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
-        raise UserError(f"--model {config.model}: its config cannot be read ({first_line(error)})") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
+    if parts["together"] > there:
+        print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
 def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
     """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    share, half = weights / (config.shard_ranks or ranks), 2 if on_gpu else 1
-    _, width = layer_widths(model)
-    cache = tokens / ranks * 2 * width * model.config.num_hidden_layers * 4 / half
-    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    weights, half = 4 * sum(p.numel() for p in model.parameters()), 2 if on_gpu else 1
+    share = weights / (config.shard_ranks or ranks)
+    kept, cached, logits = token_bytes(model, config, on_gpu)
     return dict(
         weights=share,
         gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
         optimizer=2 * share,
         rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
-        cache=min(cache, 1e9 * (config.cache_gb or math.inf)),
-        activations=config.micro_batch_tokens * a_token + logits,
+        cache=min(tokens / ranks * cached, 1e9 * (config.cache_gb or math.inf)),
+        activations=config.micro_batch_tokens * kept + logits,
     )
 
 
-def layer_widths(model: nn.Module) -> tuple[int, int]:
-    """(floats that a layer keeps of a token for the backward, as counted for Llama; the width of its keys)."""
-    shape = model.config
-    heads = shape.num_attention_heads
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-    keys = (getattr(shape, "num_key_value_heads", None) or heads) * size
-    inner = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
-    return 8 * shape.hidden_size + 4 * inner + 2 * keys, keys
-
-
-def micro_batch_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int]:
-    """(bytes that a token keeps for the backward, bytes of a chunk of logits with the reference's and gradients)."""
-    shape, (layer, _) = model.config, layer_widths(model)
-    layers, vocabulary = shape.num_hidden_layers, shape.vocab_size
-    kept = layers * shape.hidden_size + layer if config.gradient_checkpointing else layers * layer
+def token_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int, int]:
+    """Bytes that a token keeps for the backward (counted on Llama, in fp32) and in the cache, and those of a chunk of
+    logits with the reference's and their gradient."""
+    shape, vocabulary = model.config, model.config.vocab_size
+    layers, width = shape.num_hidden_layers, shape.hidden_size
+    size = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
+    keys = size * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
+    layer = 8 * width + 4 * (getattr(shape, "intermediate_size", None) or 4 * width) + 2 * keys
+    kept = layers * width + layer if config.gradient_checkpointing else layers * layer
     chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
-    return 4 * kept, 12 * chunk * vocabulary
+    return 4 * kept, (2 if on_gpu else 4) * 2 * keys * layers, 12 * chunk * vocabulary
 
 
 def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
     """micro_batch_tokens of a pretrained model: activations of 8 GB on a GPU, 0.75 GB on a CPU."""
-    a_token, logits = micro_batch_bytes(model, config, on_gpu)
+    kept, _, logits = token_bytes(model, config, on_gpu)
     room = (8e9 if on_gpu else 0.75e9) - logits
-    return int(min(16384, max(128, room / a_token)))
+    return int(min(16384, max(128, room / kept)))
 
 
 def show(config: Config, task: tasks.Task) -> None:

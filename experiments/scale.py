@@ -88,8 +88,8 @@ def model_of(name: str) -> torch.nn.Module:
 def decode(plan: Plan, model, rows: int, steps: int, context: int) -> float:
     """Seconds of `steps` forwards of one token in each of `rows` rows, which hold `context` tokens on the average."""
     weights = sum(p.numel() for p in model.parameters())
-    _, keys = train.layer_widths(model)
-    cache = rows * context * model.config.num_hidden_layers * 2 * keys * 2
+    _, cached, _ = train.token_bytes(model, train.Config(), on_gpu=True)
+    cache = rows * context * cached
     reading = (2 * weights + cache) / (plan.memory_tbs * 1e12)
     computing = 2 * weights * rows / (plan.tflops * 1e12 * plan.efficiency)
     return steps * max(reading, computing, plan.forward_ms / 1e3)

@@ -239,7 +239,8 @@ def test_a_checkpoint_of_one_rank_goes_on_and_an_old_one_too(ranks, alone, tmp_p
     policy = train.load_policy(str(folder), train.tasks.make_task("countdown"))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     weights, moments = get_state_dict(policy.model, optimizer)
-    train.dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder / "training_state")
+    tensors = dict(model_state_dict=weights, optim_state_dict=moments)
+    train.dcp.load(tensors, checkpoint_id=folder / "training_state")
     names = [name for name, _ in policy.model.named_parameters()]
     old = optimizer.state_dict()
     old["state"] = {i: moments["state"][name] for i, name in enumerate(names)}
@@ -422,7 +423,7 @@ def test_what_a_token_keeps_for_the_backward_is_what_is_told():
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.base_model(input_ids=torch.zeros(2, 64, dtype=torch.long), use_cache=False)
-        told, _ = train.micro_batch_bytes(model, Config(), on_gpu=False)
+        told, _, _ = train.token_bytes(model, Config(), on_gpu=False)
         assert told == pytest.approx(sum(storages.values()) / 128, rel=0.1)
 
 
@@ -443,7 +444,7 @@ def test_a_dry_run_tells_the_memory_of_each_rank(untied, alone, monkeypatch, cap
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=6e-4) and four["rollout_copy"] > 0
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     main(Config(**options))
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert "IT DOES NOT FIT" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
