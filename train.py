@@ -731,12 +731,12 @@ class Run:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever the number of ranks that wrote it."""
-        options = dcp_state.StateDictOptions()
+        old = (folder / "training_state.pt").exists()
+        options = dcp_state.StateDictOptions(full_state_dict=old, strict=not old)
         try:
-            if (folder / "training_state.pt").exists():
-                tensors, options = old_tensors(folder, self.model), dcp_state.StateDictOptions(full_state_dict=True, strict=False)
-            else:
-                dcp.load(tensors := self.tensors(), checkpoint_id=folder / "training_state")
+            tensors = old_tensors(folder, self.model) if old else self.tensors()
+            if not old:
+                dcp.load(tensors, checkpoint_id=folder / "training_state")
             dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
         except (Exception, CheckpointException) as error:  # a damaged file raises whatever the bytes lead to
             raise damaged(folder, error) from None
@@ -1003,7 +1003,7 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     if problems := [line for line in ranks.gather([problem]) if line]:
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(temporary.parent).free
-        room = f"it needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+        room = f"it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
     if ranks.rank == 0:
         for file in (*temporary.rglob("*"), temporary):

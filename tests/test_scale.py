@@ -334,7 +334,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_checkpoint_before(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = str(caught.value)
-    assert "\n" not in line and "GB, " in line and "are free; make room, and go on with --resume" in line
+    assert "\n" not in line and "MB, " in line and "are free; make room, and go on with --resume" in line
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_3"]
     monkeypatch.undo()
     main(Config(**RESUMED, resume=True, output_dir=str(out)))
