@@ -244,13 +244,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -431,13 +426,16 @@ class Policy:
         (folder / "sesa.json").write_text(json.dumps(extra, ensure_ascii=False, indent=1))
 
 
-def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Policy:
-    """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32."""
+def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights: bool = True) -> Policy:
+    """A policy from a hub id, a folder (of ours: with its prompts and limits) or a .gguf file, in fp32.
+
+    Without weights nothing but its config and tokenizer is read (or downloaded).
+    """
     path, remedy = Path(name), "give tiny, a hub id, a folder or a .gguf file"
     if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
         raise UserError(f"--model {name}: there is no such file or folder; {remedy}")
     try:
-        model, tokenizer = load_pretrained(path)
+        model, tokenizer = load_pretrained(path, weights)
     except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
         raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}); {remedy}") from None
     ours = path / "sesa.json"
@@ -454,15 +452,18 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None) -> Poli
     return policy
 
 
-def load_pretrained(path: Path) -> tuple[nn.Module, object]:
+def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     """(model, tokenizer) as transformers reads them; whatever goes wrong raises."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     name, file, quantized = str(path), {}, {}
     if path.suffix == ".gguf":
         name, file = str(path.parent), dict(gguf_file=path.name)
         quantized = dict(quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
+    if not weights:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **file)), tokenizer
     options = dict(dtype=torch.float32) | file | quantized
     return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
 
@@ -744,21 +745,17 @@ class Run:
 
     def tensors(self) -> dict:
         """What a checkpoint holds of this rank: its part of the weights and of the optimizer's moments, by name."""
-        weights, moments = get_state_dict(self.model, self.optimizer)
-        return dict(weights=weights, moments=moments)
+        return dict(zip(TENSORS, dcp_state.get_state_dict(self.model, self.optimizer), strict=True))
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever the number of ranks that wrote it."""
-        options = StateDictOptions()
+        old = (folder / "training_state.pt").exists()
+        options = dcp_state.StateDictOptions(full_state_dict=old, strict=not old)
         try:
-            if (folder / "training_state.pt").exists():
-                tensors, options = old_tensors(folder, self.model), StateDictOptions(full_state_dict=True, strict=False)
-            else:
-                dcp.load(tensors := self.tensors(), checkpoint_id=folder / "training_state")
-            set_state_dict(
-                self.model, self.optimizer, options=options,
-                model_state_dict=tensors["weights"], optim_state_dict=tensors["moments"],
-            )  # fmt: skip
+            tensors = old_tensors(folder, self.model) if old else self.tensors()
+            if not old:
+                dcp.load(tensors, checkpoint_id=folder / "training_state")
+            dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
         except (Exception, CheckpointException) as error:  # a damaged file raises whatever the bytes lead to
             raise damaged(folder, error) from None
         self.refresh_actor()
@@ -1026,12 +1023,10 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    problems = [line for line in ranks.gather([problem]) if line]
-    if ranks.rank == 0 and problems:
+    if problems := [line for line in ranks.gather([problem]) if line]:
         shutil.rmtree(temporary, ignore_errors=True)
-    if problems:
         free = shutil.disk_usage(temporary.parent).free
-        room = f"it needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+        room = f"it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
     if ranks.rank == 0:
         for file in (*temporary.rglob("*"), temporary):
@@ -1048,13 +1043,17 @@ def damaged(folder: Path, error: BaseException) -> UserError:
     return UserError(f"{folder} is damaged ({line[0]}): remove it to resume from the one before it")
 
 
+TENSORS = ("model_state_dict", "optim_state_dict")  # what torch calls them
+
+
 def old_tensors(folder: Path, model: nn.Module) -> dict:
     """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
     saved = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")["optimizer"]
     names = [name for name, _ in model.named_parameters()]
     state = {names[i]: moments for i, moments in saved["state"].items()}
     groups = [group | dict(params=names) for group in saved["param_groups"]]
-    return dict(weights=load_file(folder / "model.safetensors"), moments=dict(state=state, param_groups=groups))
+    both = load_file(folder / "model.safetensors"), dict(state=state, param_groups=groups)
+    return dict(zip(TENSORS, both, strict=True))
 
 
 class RunFolder:
@@ -1267,9 +1266,8 @@ class Ranks:
         for ours, theirs in zip(model.buffers(), whole.buffers(), strict=True):
             ours.copy_(theirs)
         weights = whole.state_dict() if self.rank == 0 else {}
-        set_model_state_dict(
-            model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        )
+        options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        dcp_state.set_model_state_dict(model, weights, options=options)
         model.inside = lambda function, *args: function(model, *args)
         register_fsdp_forward_method(model, "inside")
         return model
@@ -1339,85 +1337,77 @@ def draw_evaluations(axis, evaluations: Sequence[dict], task: tasks.Task) -> Non
 
 
 def describe(config: Config, task: tasks.Task) -> None:
-    """--dry_run: every value, the sizes that follow from them, and the memory that each rank takes."""
-    tiny, ranks = is_tiny(config.model), int(os.environ.get("WORLD_SIZE", 1))
-    limits = task.tiny_tokens if tiny else dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
+    """--dry_run: every value, and the sizes that follow from them."""
+    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
+    limits = task.tiny_tokens if config.model == "tiny" else limits
     sketch = config.max_sketch_tokens or limits["sketch"]
     turn = config.max_new_tokens or limits["solution"]
     solution = turn * task.max_turns if task.two_stage else sketch
-    staged = config.method == "sesa" and task.two_stage
-    tokens = config.group_size * solution + staged * config.num_sketches * sketch
+    grpo, answers = config.method == "grpo", config.num_direct + config.num_sketches * config.num_solutions
+    answers = config.group_size if grpo else answers
+    drafts = 0 if grpo or not task.two_stage else config.num_sketches * sketch
     sizes = dict(
-        ranks=ranks,
-        answers_per_step=config.problems_per_step * config.group_size,
-        most_tokens_per_step=config.problems_per_step * tokens,
+        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        answers_per_step=config.problems_per_step * answers,
+        most_tokens_per_step=config.problems_per_step * (answers * solution + drafts),
         updates=config.steps * config.minibatches,
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    model = tiny_policy(config, task).model if config.model == "tiny" else meta_model(config.model)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpu:
+        there = torch.cuda.get_device_properties(0).total_memory
+    if config.model == "tiny":
+        model = tiny_policy(config, task).model
+    else:
+        model = load_policy(config.model, task, config.prompts, weights=False).model
     config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
-    parts = memory(model, config, sizes["most_tokens_per_step"] / ranks, ranks, on_gpu)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    there = torch.cuda.get_device_properties(0).total_memory if on_gpu else there
-    total = sum(parts.values())
-    fits = "fits" if total < there else "DOES NOT FIT; more ranks, --gradient_checkpointing, --cache_gb help"
-    parts |= dict(together=total, there=there)
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
-    print(f"memory of each rank, GB: {fits}")
+    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    parts |= dict(together=sum(parts.values()), there_are=there)
+    print("memory of each rank, GB")
     for name, size in parts.items():
         print(f"  {name:24}{size / 1e9:.3f}")
+    if parts["together"] > there:
+        print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
-def meta_model(name: str) -> nn.Module:
-    """The model as its config says, without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    path, file = Path(name), {}
-    if path.suffix == ".gguf":
-        path, file = path.parent, dict(gguf_file=path.name)
-    try:
-        shape = AutoConfig.from_pretrained(str(path), **file)
-    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
-        raise UserError(f"--model {name}: its config cannot be read ({first_line(error)})") from None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape)
-
-
-def memory(model: nn.Module, config: Config, tokens: float, ranks: int, on_gpu: bool) -> dict[str, float]:
-    """Bytes that each part takes on a rank, at most; tokens: those that the rank draws in a step."""
-    weights = 4 * sum(p.numel() for p in model.parameters())
-    share, drawn_in = weights / (config.shard_ranks or ranks), 2 if on_gpu else 4  # bytes of a number
-    kept, keys, logits = token_bytes(model, config, on_gpu)
+def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+    weights, half = 4 * sum(p.numel() for p in model.parameters()), 2 if on_gpu else 1
+    share = weights / (config.shard_ranks or ranks)
+    kept, cached, logits = token_bytes(model, config, on_gpu)
     return dict(
         weights=share,
         gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
         optimizer=2 * share,
-        rollout_copy=weights * drawn_in / 4 if ranks > 1 or on_gpu else 0,
+        rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
-        cache=min(tokens * keys * drawn_in, 1e9 * (config.cache_gb or math.inf)),
+        cache=min(tokens / ranks * cached, 1e9 * (config.cache_gb or math.inf)),
         activations=config.micro_batch_tokens * kept + logits,
     )
 
 
 def token_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, int, int]:
-    """(bytes that a token keeps for the backward, numbers in its keys and values, bytes of a chunk of logits with the
-    reference's and gradients), as counted for Llama."""
-    shape = model.config
-    width, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
-    keys = (getattr(shape, "num_key_value_heads", None) or heads) * (getattr(shape, "head_dim", None) or width // heads)
+    """Bytes that a token keeps for the backward (counted on Llama, in fp32) and in the cache, and those of a chunk of
+    logits with the reference's and their gradient."""
+    shape, vocabulary = model.config, model.config.vocab_size
+    layers, width = shape.num_hidden_layers, shape.hidden_size
+    size = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
+    keys = size * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
     layer = 8 * width + 4 * (getattr(shape, "intermediate_size", None) or 4 * width) + 2 * keys
     kept = layers * width + layer if config.gradient_checkpointing else layers * layer
-    chunk = 4096 if on_gpu else max(512, 2**21 // shape.vocab_size)  # as kernels.py cuts them
-    return 4 * kept, 2 * layers * keys, 12 * chunk * shape.vocab_size
+    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
+    return 4 * kept, (2 if on_gpu else 4) * 2 * keys * layers, 12 * chunk * vocabulary
 
 
 def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
     """micro_batch_tokens of a pretrained model: activations of 8 GB on a GPU, 0.75 GB on a CPU."""
     kept, _, logits = token_bytes(model, config, on_gpu)
-    return int(min(16384, max(128, ((8e9 if on_gpu else 0.75e9) - logits) / kept)))
+    room = (8e9 if on_gpu else 0.75e9) - logits
+    return int(min(16384, max(128, room / kept)))
 
 
 def show(config: Config, task: tasks.Task) -> None:

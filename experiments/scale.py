@@ -9,8 +9,8 @@ A step is a chain of parts, each as long as its slowest resource; none of them o
     Stage I    K * L_s forwards, one after another, of the P / N chains of a GPU: reads the weights each time
     Stage II   L_y forwards of P / N * K * M rows: reads weights and keys, or computes
     update     forward and backward of the rows' tokens, forward of the reference
-    travel     FSDP2: in every micro-batch all weights twice, those of the reference once; the gradients once a step;
-               the weights in bf16 once more for the next rollout
+    travel     FSDP2: in every micro-batch all weights twice (the embedding and head once), those of the reference
+               once; the gradients once a step; the weights in bf16 once more for the next rollout
 
 The counts of the last line are checked on gloo processes: the same train.py, a tiny model, every collective counted.
 """
@@ -30,6 +30,7 @@ sys.path[0] = str(ROOT)  # not this folder
 import torch
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train
@@ -39,7 +40,7 @@ SHAPES = {  # of Qwen2.5: layers, width, inner width, heads, key heads, vocabula
     "7B": (28, 3584, 18944, 28, 4, 152064, False),
     "32B": (64, 5120, 27648, 40, 8, 152064, False),
 }
-GPUS = (1, 8, 64, 512)
+LAYOUTS = ((1, 1), (8, 8), (64, 64), (64, 8), (512, 512), (512, 8))  # GPUs, and over how many of them to shard
 
 
 @dataclass(frozen=True)
@@ -87,62 +88,64 @@ def model_of(name: str) -> torch.nn.Module:
 def decode(plan: Plan, model, rows: int, steps: int, context: int) -> float:
     """Seconds of `steps` forwards of one token in each of `rows` rows, which hold `context` tokens on the average."""
     weights = sum(p.numel() for p in model.parameters())
-    _, keys, _ = train.token_bytes(model, train.Config(), on_gpu=True)
-    cache = rows * context * keys * 2
+    _, cached, _ = train.token_bytes(model, train.Config(), on_gpu=True)
+    cache = rows * context * cached
     reading = (2 * weights + cache) / (plan.memory_tbs * 1e12)
     computing = 2 * weights * rows / (plan.tflops * 1e12 * plan.efficiency)
     return steps * max(reading, computing, plan.forward_ms / 1e3)
 
 
-def seconds(plan: Plan, model, gpus: int, problems: int) -> dict[str, float]:
-    """Of each part of a step, with so many problems on each GPU."""
+def seconds(plan: Plan, model, gpus: int, problems: int, shards: int) -> dict[str, float]:
+    """Of each part of a step, with so many problems on each GPU, sharded over so many of them."""
     weights = sum(p.numel() for p in model.parameters())
     answers = problems * plan.num_sketches * plan.num_solutions
     history = plan.prompt_tokens + plan.num_sketches * plan.sketch_tokens / 2
     whole = plan.prompt_tokens + plan.solution_tokens
-    bandwidth = (plan.link_gbs if gpus <= 8 else plan.network_gbs) * 1e9
     config = train.Config(kl_coef=0.001, gradient_checkpointing=True)
     micros = math.ceil(answers * whole / train.fitting_tokens(model, config, on_gpu=True))
-    travelling = (gpus - 1) / gpus * weights / bandwidth
+    shards = min(shards, gpus)
+    bandwidth = (plan.link_gbs if shards <= 8 else plan.network_gbs) * 1e9
+    travelling = (shards - 1) / shards * weights / bandwidth
+    replicas = 2 * 4 * (1 - shards / gpus) * weights / shards / (plan.network_gbs * 1e9)  # the all-reduce between them
     return {
         "Stage I": decode(plan, model, problems, plan.num_sketches * plan.sketch_tokens, history),
         "Stage II": decode(plan, model, answers, plan.solution_tokens, plan.prompt_tokens + plan.solution_tokens / 2),
         "update": (8 + 2) * weights * answers * whole / (plan.tflops * 1e12 * plan.efficiency),  # one forward again
         "gather": (3 * 4 * micros + 2) * travelling,
-        "reduce": 4 * travelling,
+        "reduce": 4 * travelling + replicas,
     }
 
 
-def enough_problems(plan: Plan, model, gpus: int, share: float = 0.1) -> int:
+def enough_problems(plan: Plan, model, gpus: int, shards: int, share: float = 0.1) -> int:
     """The least number of problems on each GPU with which Stage I is less than `share` of the step."""
     problems = 1
-    while (parts := seconds(plan, model, gpus, problems))["Stage I"] >= share * sum(parts.values()):
+    while (parts := seconds(plan, model, gpus, problems, shards))["Stage I"] >= share * sum(parts.values()):
         problems += 1
     return problems
 
 
 def planned(plan: Plan) -> list[str]:
     lines = [
-        "| model | GPUs | problems a step | Stage I | Stage II | update | gather | reduce | step, s | GB a GPU "
-        "| Stage I below 10 % from P |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | GPUs | sharded over | problems a step | Stage I | Stage II | update | gather | reduce | step, s "
+        "| GB a GPU | Stage I below 10 % from P |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in SHAPES:
         model = model_of(name)
-        config = train.Config(kl_coef=0.001, gradient_checkpointing=True)
-        config.micro_batch_tokens = train.fitting_tokens(model, config, on_gpu=True)
-        for gpus in GPUS:
-            parts = seconds(plan, model, gpus, plan.problems_per_gpu)
+        for gpus, shards in LAYOUTS:
+            config = train.Config(kl_coef=0.001, gradient_checkpointing=True, shard_ranks=shards)
+            config.micro_batch_tokens = train.fitting_tokens(model, config, on_gpu=True)
+            parts = seconds(plan, model, gpus, plan.problems_per_gpu, shards)
             answers = plan.problems_per_gpu * plan.num_sketches * plan.num_solutions
             drafts = plan.num_sketches * plan.sketch_tokens
             tokens = gpus * (answers * plan.solution_tokens + plan.problems_per_gpu * (drafts + plan.prompt_tokens))
-            held = sum(train.memory(model, config, tokens / gpus, gpus, on_gpu=True).values()) / 1e9
+            held = sum(train.memory(model, config, tokens, gpus, on_gpu=True).values()) / 1e9
             fits = f"{held:.0f}" + (" (does not fit)" if held > plan.gpu_gb else "")
             times = " | ".join(f"{value:.1f}" for value in parts.values())
-            problems = gpus * enough_problems(plan, model, gpus)
+            problems = gpus * enough_problems(plan, model, gpus, shards)
             lines.append(
-                f"| {name} | {gpus} | {gpus * plan.problems_per_gpu} | {times} | {sum(parts.values()):.1f} | {fits} "
-                f"| {problems} |"
+                f"| {name} | {gpus} | {shards} | {gpus * plan.problems_per_gpu} | {times} | {sum(parts.values()):.1f} "
+                f"| {fits} | {problems} |"
             )
     return lines
 
@@ -164,10 +167,10 @@ class Collectives(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = str(function)
         kind = next((kind for part, kind in self.NAMES.items() if part in name and "wait" not in name), None)
-        if kind and name.startswith(("c10d", "_c10d")):
-            tensors = [t for t in torch.utils._pytree.tree_leaves([args, out]) if torch.is_tensor(t)]
+        tensors = [t for t in tree_leaves([args, out]) if torch.is_tensor(t) and t.is_floating_point()]  # no objects
+        if kind and tensors and name.startswith(("c10d", "_c10d")):
             self.calls[kind] += 1
-            self.bytes[kind] += max((t.nbytes for t in tensors), default=0)
+            self.bytes[kind] += max(t.nbytes for t in tensors)
         return out
 
 
@@ -202,6 +205,7 @@ def counting(folder: str) -> None:
     def held(self, run, state):
         parameters = list(run.model.parameters())
         found["parameters"] = [sum(p.numel() for p in parameters), len(parameters)]
+        found["blocks"] = sum(p.numel() for name, p in run.model.named_parameters() if ".layers." in name)
         found["held"] = sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in parameters)
         save(self, run, state)
 
@@ -233,9 +237,7 @@ def checked() -> list[str]:
         # a forward gathers every block and the root; the backward the blocks again; the reference has a forward only
         calls = many * micros * (3 * layers + 2)
         update, refresh = found["update"], found.get("refresh", dict(calls={}, bytes={}))
-        root = found["root"] if "root" in found else None
-        del root
-        expected = many * micros * 3 * 4 * weights
+        expected = many * micros * 4 * (2 * weights + found["blocks"])
         lines.append(
             f"| {ranks} | {found['tokens']} | {micros} | {calls}, {update['calls'].get('gather', 0)} "
             f"| {expected:,}, {update['bytes'].get('gather', 0):,} "
@@ -247,36 +249,35 @@ def checked() -> list[str]:
     return lines
 
 
+INTRODUCTION = """# Plan for scale
+
+**A plan, not a measurement.** Made by `python experiments/scale.py` from counts of bytes and operations: nccl, bf16 and
+these models have not been run. Seconds of a step, part by part, none of them overlapping. {problems_per_gpu} problems
+a GPU, K {num_sketches}, M {num_solutions}, {prompt_tokens} prompt tokens, {sketch_tokens} of a sketch,
+{solution_tokens} of a solution; memory {memory_tbs} TB/s, {tflops:.0f} Tflop/s at {efficiency:.0%},
+{link_gbs:.0f} GB/s in a node of 8 and {network_gbs:.0f} GB/s beyond, {forward_ms:g} ms for a decode forward at least.
+Weights travel in fp32 in the update; gradient checkpointing; micro-batches of the derived size.
+"""
+CONCLUSION = """
+The serial stage reads the weights K * L_s times, however few problems a GPU has; the rest of the step grows with them
+until the rows of a GPU make a forward compute-bound. The last column is the P (of all GPUs) from which Stage I takes
+less than a tenth of the step. Gathering the weights in every micro-batch is what costs beyond one node: shard within a
+node (`--shard_ranks 8`) or raise `--micro_batch_tokens`. Gradients are counted whole, for they are added up over
+micro-batches before they travel once: that is what does not fit for 32B.
+"""
+CHECK = """
+## Checked: what travels, measured on gloo processes of this machine
+
+One step of the tiny policy (4 layers, width 64); whole tensors of floats. Tokens are the same on any number of
+processes; weights a process fall as 1/N.
+"""
+
+
 def main() -> None:
     plan = tyro.cli(Plan, description=__doc__, use_underscores=True)
-    answers = f"K {plan.num_sketches}, M {plan.num_solutions}, {plan.prompt_tokens} prompt tokens"
-    text = [
-        "# Plan for scale",
-        "",
-        "**A plan, not a measurement.** Made by `python experiments/scale.py` from counts of bytes and",
-        "operations; nccl, bf16 and these models have not been run. Seconds of a step, part by part, none of them",
-        f"overlapping: {answers}, {plan.sketch_tokens} of a sketch, {plan.solution_tokens} of a solution;",
-        f"memory {plan.memory_tbs} TB/s,",
-        f"{plan.tflops:.0f} Tflop/s at {plan.efficiency:.0%}, {plan.link_gbs:.0f} GB/s in a node of 8 and "
-        f"{plan.network_gbs:.0f} GB/s beyond, {plan.forward_ms:g} ms for a",
-        "decode forward at least; weights travel in fp32 in the update; sharded over all GPUs, gradient checkpointing.",
-        "",
-        *planned(plan),
-        "",
-        "The serial stage reads the weights K * L_s times whatever P is, until the rows of a GPU make a forward",
-        "compute-bound; the rest of the step grows with P. The last column is the P (all GPUs) from which Stage I is",
-        "under a tenth of the step. Gradients are counted whole: they are added up over micro-batches before they travel once.",
-    ]
+    text = [INTRODUCTION.format(**vars(plan)), *planned(plan), CONCLUSION]
     if not plan.no_check:
-        text += [
-            "",
-            "## Checked: what travels, measured on gloo processes of this machine",
-            "",
-            "One step of the tiny policy (4 layers, width 64); tensors of more than one number, whole. Tokens are the",
-            "same on any number of processes; weights a process fall as 1/N.",
-            "",
-            *checked(),
-        ]
+        text += [CHECK, *checked()]
     (ROOT / "experiments" / "scale.md").write_text("\n".join(text) + "\n")
 
 

@@ -239,7 +239,8 @@ def test_a_checkpoint_of_one_rank_goes_on_and_an_old_one_too(ranks, alone, tmp_p
     policy = train.load_policy(str(folder), train.tasks.make_task("countdown"))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     weights, moments = get_state_dict(policy.model, optimizer)
-    train.dcp.load(dict(weights=weights, moments=moments), checkpoint_id=folder / "training_state")
+    tensors = dict(model_state_dict=weights, optim_state_dict=moments)
+    train.dcp.load(tensors, checkpoint_id=folder / "training_state")
     names = [name for name, _ in policy.model.named_parameters()]
     old = optimizer.state_dict()
     old["state"] = {i: moments["state"][name] for i, name in enumerate(names)}
@@ -333,7 +334,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_checkpoint_before(tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     line = str(caught.value)
-    assert "\n" not in line and "GB, " in line and "are free; make room, and go on with --resume" in line
+    assert "\n" not in line and "MB, " in line and "are free; make room, and go on with --resume" in line
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_3"]
     monkeypatch.undo()
     main(Config(**RESUMED, resume=True, output_dir=str(out)))
@@ -443,7 +444,7 @@ def test_a_dry_run_tells_the_memory_of_each_rank(untied, alone, monkeypatch, cap
     assert four["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=6e-4) and four["rollout_copy"] > 0
     monkeypatch.setattr(os, "sysconf", lambda name: 100)
     main(Config(**options))
-    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert "IT DOES NOT FIT" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
