@@ -1342,7 +1342,8 @@ def describe(config: Config, task: tasks.Task) -> None:
     config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
-    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    longest = solution if grpo or task.two_stage else sketch * config.num_sketches
+    parts = memory(model, config, sizes["most_tokens_per_step"], longest, sizes["ranks"], on_gpu)
     parts |= dict(together=sum(parts.values()), there_are=there)
     print("memory of each rank, GB")
     for name, size in parts.items():
@@ -1351,8 +1352,11 @@ def describe(config: Config, task: tasks.Task) -> None:
         print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
-def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
-    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+def memory(model: nn.Module, config: Config, tokens: int, longest: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on each rank; tokens: those written in a step on all ranks, and in the longest row.
+
+    Not counted: prompts, the process itself (0.5 GB on a CPU), and the blocks that FSDP has gathered for a moment.
+    """
     weights, half = 4 * sum(p.numel() for p in model.parameters()), 2 if on_gpu else 1
     share = weights / (config.shard_ranks or ranks)
     kept, cached, logits = token_bytes(model, config, on_gpu)
@@ -1363,7 +1367,7 @@ def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bo
         rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
         cache=min(tokens / ranks * cached, 1e9 * (config.cache_gb or math.inf)),
-        activations=config.micro_batch_tokens * kept + logits,
+        activations=max(config.micro_batch_tokens, longest) * kept + logits,  # a row is never cut
     )
 
 
