@@ -1184,7 +1184,14 @@ class Ranks:
             local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(local)
         if size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+            # torchrun keeps its store when it restarts ranks that died: keys of an earlier attempt name dead addresses.
+            # Attempts are counted alike on all ranks of one node only.
+            store, *_ = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+            store = dist.PrefixStore(attempt if one_node else "", store)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
         return cls(rank, size, local)
 
     def share(self, items: Sequence) -> list:
