@@ -1207,7 +1207,14 @@ class Ranks:
             local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(local)
         if size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+            # torchrun keeps its store when it restarts ranks that died: keys of an earlier attempt name dead addresses.
+            # Attempts are counted alike on all ranks of one node only.
+            store, *_ = next(dist.rendezvous("env://"))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+            store = dist.PrefixStore(attempt if one_node else "", store)
+            backend = "nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
         return cls(rank, size, local)
 
     def share(self, items: Sequence) -> list:
@@ -1365,7 +1372,8 @@ def describe(config: Config, task: tasks.Task) -> None:
     config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
     for name, value in (dataclasses.asdict(config) | sizes).items():
         print(f"  {name:24}{value}")
-    parts = memory(model, config, sizes["most_tokens_per_step"], sizes["ranks"], on_gpu)
+    longest = solution if grpo or task.two_stage else sketch * config.num_sketches
+    parts = memory(model, config, sizes["most_tokens_per_step"], longest, sizes["ranks"], on_gpu)
     parts |= dict(together=sum(parts.values()), there_are=there)
     print("memory of each rank, GB")
     for name, size in parts.items():
@@ -1374,8 +1382,11 @@ def describe(config: Config, task: tasks.Task) -> None:
         print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
-def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bool) -> dict[str, float]:
-    """Bytes that each part takes on each rank, at most; tokens: those of a step, all ranks."""
+def memory(model: nn.Module, config: Config, tokens: int, longest: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes that each part takes on each rank; tokens: those written in a step on all ranks, and in the longest row.
+
+    Not counted: prompts, the process itself (0.5 GB on a CPU), and the blocks that FSDP has gathered for a moment.
+    """
     weights, half = 4 * sum(p.numel() for p in model.parameters()), 2 if on_gpu else 1
     share = weights / (config.shard_ranks or ranks)
     kept, cached, logits = token_bytes(model, config, on_gpu)
@@ -1386,7 +1397,7 @@ def memory(model: nn.Module, config: Config, tokens: int, ranks: int, on_gpu: bo
         rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
         cache=min(tokens / ranks * cached, 1e9 * (config.cache_gb or math.inf)),
-        activations=config.micro_batch_tokens * kept + logits,
+        activations=max(config.micro_batch_tokens, longest) * kept + logits,  # a row is never cut
     )
 
 

@@ -139,7 +139,7 @@ def planned(plan: Plan) -> list[str]:
             answers = plan.problems_per_gpu * plan.num_sketches * plan.num_solutions
             drafts = plan.num_sketches * plan.sketch_tokens
             tokens = gpus * (answers * plan.solution_tokens + plan.problems_per_gpu * (drafts + plan.prompt_tokens))
-            held = sum(train.memory(model, config, tokens, gpus, on_gpu=True).values()) / 1e9
+            held = sum(train.memory(model, config, tokens, plan.solution_tokens, gpus, on_gpu=True).values()) / 1e9
             fits = f"{held:.0f}" + (" (does not fit)" if held > plan.gpu_gb else "")
             times = " | ".join(f"{value:.1f}" for value in parts.values())
             problems = gpus * enough_problems(plan, model, gpus, shards)

@@ -56,7 +56,7 @@ def ends(process: subprocess.Popen, seconds: float = 300) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, error[-3000:]
+    assert process.returncode == 0, error[-20000:]
 
 
 def kill_alone(folder: Path, moments: list[float]) -> None:
