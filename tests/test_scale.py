@@ -395,9 +395,9 @@ def test_ctrl_c_during_the_first_evaluation_is_one_line_and_leaves_nothing(tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kills, ranks", [(1, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_comes_to_the_same_curve(kills, ranks):
+    """`python tests/faults.py --kills 20` does more of it."""
     faults.survive(kills, ranks, seed=int.from_bytes(os.urandom(4)))
 
 
