@@ -793,6 +793,7 @@ class _Piece:
         hidden = torch.arange(self.width, device=device) >= self.limits  # [F, 1, M, 1, L]
         self.bias = torch.zeros(hidden.shape, dtype=self.slab.kv.dtype, device=device)
         self.bias.masked_fill_(hidden, -torch.inf)
+        self.kv = None if isinstance(self.where, Tensor) else self.slab.kv[:, :, self.where]  # a view, or made anew
 
     def advance(self) -> None:
         """One more key for each of the queries."""
@@ -831,12 +832,14 @@ class _Piece:
 
     def _cached(self, layer: int, which: int) -> Tensor:
         """Keys (0) or values (1) of the segments, [F, J, L, D]."""
-        return self.slab.kv[layer, which][self.where]
+        return self.slab.kv[layer, which][self.where] if self.kv is None else self.kv[layer, which]
 
     def _pack(self, x: Tensor, kv_heads: int) -> Tensor:
         """[n, H, x] -> [F * J, M * G, x]"""
-        x = x[self.spread].view(*self.shape, kv_heads, -1, x.shape[-1])  # [F, M, J, G, x]
-        return x.transpose(1, 2).reshape(self.shape[0] * kv_heads, -1, x.shape[-1])
+        x, last = x[self.spread], x.shape[-1]
+        if self.shape[1] > 1:
+            x = x.view(*self.shape, kv_heads, -1, last).transpose(1, 2)  # [F, J, M, G, x]
+        return x.reshape(self.shape[0] * kv_heads, -1, last)
 
     def _unpack(self, x: Tensor) -> Tensor:
         """[F, J, M, G, x] -> [n, H, x]"""
