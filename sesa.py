@@ -91,6 +91,14 @@ ANSWER_PROMPTS = Prompts(
     sketch="{problem} Write {sketch_hint}. {answer_hint}",
     next="Write another one, different from all of yours above.",
 )
+# A free question: `train.py --ask`, with --two_stage and without.
+QUESTION = Prompts(
+    direct="{problem}",
+    sketch="{problem}\n\nDo not answer yet. On one line, write {sketch_hint}.",
+    solve="{problem}\n\nFollow this approach: {sketch}",
+)
+BRIEFLY = "{problem} Answer in a few words."
+QUESTION_IN_TURN = Prompts(direct=BRIEFLY, sketch=BRIEFLY, next="Another one, different from all of yours above.")
 # The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
 TINY_PROMPTS = Prompts(
     direct="{problem} <solve>",
@@ -266,6 +274,7 @@ class Explorer:
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
         self.sampler, self.task, self.chat, self.prompts = sampler, task, chat, prompts
         self.roots: dict[tuple, int] = {}
+        self.drawn = lambda text: None  # called with each sketch, or guess, of a chain as soon as it is there
 
     def text(self, template: str, **values) -> str:
         values = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT) | values
@@ -344,6 +353,7 @@ class Explorer:
                 [completion] = yield rows, plan.sketch_params, [sketch_seed]
                 chain.wrote(completion, "")
                 completions.append(completion)
+                self.drawn(self.chat.decode(completion.ids))
         self.sampler.release(rows)
         return completions
 
@@ -427,6 +437,7 @@ class Explorer:
                 rows = self.extend(rows, [chain], self.text(self.prompts.next))
             [completion] = yield rows, plan.sketch_params, [derive_seed(*seed, "sketch", i)]
             chain.wrote(completion, self.chat.decode(completion.ids))
+            self.drawn(chain.texts[-1])
             episode = self.task.episode(problem)
             episode.act(chain.texts[-1])
             chain.outcomes.append(episode.outcome())
@@ -736,11 +747,28 @@ def measures(evaluation: dict) -> dict:
     return brief
 
 
+def marks(outcomes: Sequence[Outcome]) -> list[str]:
+    """For a reader, of each outcome in order: invalid, a repeat (of an earlier key), or else a hit or a miss.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
+    ['hit', 'repeat', 'miss', 'invalid']
+    """
+    found, seen = [], set()
+    for outcome in outcomes:
+        new = "hit" if outcome.success else "miss"
+        known = "repeat" if outcome.key in seen else new
+        found.append("invalid" if outcome.key is None else known)
+        seen.add(outcome.key)
+    return found
+
+
 def sample_record(step: int, group: Group) -> dict:
-    """A group as a person reads it: its sketches, and what was written with which reward."""
+    """A group as a person reads it: its sketches, and what was written with which reward and mark."""
+    mark = iter(marks(group.outcomes()))
     solutions = [
         dict(sketch=t.sketch, text=t.texts, reward=t.rewards, advantage=t.advantages)
-        | dict(success=[o.success for o in t.outcomes])
+        | dict(success=[o.success for o in t.outcomes], mark=[next(mark) for _ in t.outcomes])
         for t in group.trajectories
     ]
     return dict(step=step, problem=group.problem.text, sketches=group.sketches, solutions=solutions)

@@ -22,23 +22,25 @@ import copy
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from platform import python_version
 from typing import Literal
@@ -217,21 +219,32 @@ class RunFlags:
 
 
 @dataclass
+class LookFlags:
+    ask: str | None = None
+    """a question to --model, without training: --num_sketches answers in sequence beside as many i.i.d.; -: on stdin"""
+    two_stage: bool = False
+    """of --ask: sketches in sequence, and an answer to each"""
+    json: bool = False
+    """of --ask: print one JSON object"""
+
+
+@dataclass
 class Config(
-    RunFlags, EvaluationFlags, OptimisationFlags, LossFlags, SamplingFlags, MethodFlags, PolicyFlags, TaskFlags
+    LookFlags, RunFlags, EvaluationFlags, OptimisationFlags, LossFlags, SamplingFlags, MethodFlags, PolicyFlags,
+    TaskFlags,
 ):
     """Every flag. One left at None takes the value measured best for its kind of task and policy: see ANSWERS below."""
 
 
 def command_line(
     task: TaskFlags, policy: PolicyFlags, method: MethodFlags, sampling: SamplingFlags, loss: LossFlags,
-    optimisation: OptimisationFlags, evaluation: EvaluationFlags, run: RunFlags,
+    optimisation: OptimisationFlags, evaluation: EvaluationFlags, run: RunFlags, look: LookFlags,
 ) -> Config:  # fmt: skip
     """Reinforcement learning with sequential-sampling exploration (SESA) or GRPO.
 
     A flag left at None takes the value that was measured best for its kind of task and policy; --dry_run shows it.
     """
-    groups = (task, policy, method, sampling, loss, optimisation, evaluation, run)
+    groups = (task, policy, method, sampling, loss, optimisation, evaluation, run, look)
     return Config(**{name: value for group in groups for name, value in vars(group).items()})
 
 
@@ -301,10 +314,14 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     config = filled(config, defaults)
     answers = config.num_direct + config.num_sketches * config.num_solutions
     config = filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k))
-    for broken, line in (*ranges(config), *rules(config, task)):
+    check((*ranges(config), *rules(config, task)))
+    return config
+
+
+def check(verdicts: Iterable[tuple[bool, str]]) -> None:
+    for broken, line in verdicts:
         if broken:
             raise UserError(line)
-    return config
 
 
 def is_tiny(model: str) -> bool:
@@ -419,6 +436,12 @@ class Policy:
     def chat(self) -> sesa.Chat:
         return sesa.Chat(self.tokenizer, self.stop_ids)
 
+    def explorer(self, task: tasks.Task, **room) -> sesa.Explorer:
+        """What draws from this policy; room: of the Sampler."""
+        chat = self.chat()
+        sampler = Sampler(self.model, self.stop_ids, decode=chat.decode, **room)
+        return sesa.Explorer(sampler, task, chat, self.prompts)
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -441,7 +464,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     ours = path / "sesa.json"
     ours = json.loads(ours.read_text()) if ours.exists() else {}
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    default = sesa.default_prompts(False, task.two_stage)
+    default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
     texts = sesa.Prompts(**ours["prompts"]) if ours else default
     texts = load_prompts(prompts, texts)
     policy = Policy(model, tokenizer, texts, ours.get("limits", limits), ours.get("tiny", False))
@@ -573,7 +596,7 @@ def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) 
     """The conversations of `count` demonstrations, as rows to be learnt by heart."""
     explorer = sesa.Explorer(None, task, policy.chat(), policy.prompts)
     demonstrations = task.demonstrations(random.Random(seed))
-    for demonstration in islice(demonstrations, count):
+    for demonstration in itertools.islice(demonstrations, count):
         for trajectory in explorer.demonstration(demonstration):
             trajectory.advantages = [1.0]
             yield sesa.as_sampled(trajectory)
@@ -587,7 +610,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
-        taken = list(islice(rows, batch))  # a demonstration is one row or more
+        taken = list(itertools.islice(rows, batch))  # a demonstration is one row or more
         total = sum(len(row.targets) for row in taken)
         loss = 0.0
         for micro in rl.micro_batches(taken, config.micro_batch_tokens):
@@ -634,10 +657,8 @@ class Run:
             self.actor = hollow(whole, dtype=dtype, device=ranks.device).to(ranks.device)
             self.refresh_actor()
         self.policy = policy = dataclasses.replace(policy, model=self.actor)
-        chat = policy.chat()
-        room = dict(max_rows=config.max_rows, memory_gb=config.cache_gb)
-        self.sampler = Sampler(self.actor, policy.stop_ids, decode=chat.decode, **room)
-        self.explorer = sesa.Explorer(self.sampler, task, chat, policy.prompts)
+        self.explorer = policy.explorer(task, max_rows=config.max_rows, memory_gb=config.cache_gb)
+        self.sampler = self.explorer.sampler
         given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
         self.limits = {kind: limit or policy.limits[kind] for kind, limit in given.items()}
         self.problems = task.problems("train", config.seed)
@@ -1340,6 +1361,122 @@ def draw_evaluations(axis, evaluations: Sequence[dict], task: tasks.Task) -> Non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ask, watch, compare, publish
+
+
+@dataclass
+class Question(tasks.Task):
+    """A free question. No answer is right or wrong; two are equal if they have the same words."""
+
+    text: str
+    two_stage: bool = False
+
+    name = "question"
+    sketch_tokens, solution_tokens = 32, 256
+    answer_hint = ""
+
+    def __post_init__(self):
+        if not self.text.strip():
+            raise ValueError("--ask: the question is empty; give a text, or - to read it from stdin")
+        self.prompts = sesa.QUESTION if self.two_stage else sesa.QUESTION_IN_TURN
+
+    def num_problems(self, split: str) -> int:
+        return 1
+
+    def make(self, split: str, seed: int, i: int) -> tasks.Problem:
+        return tasks.Problem(i, self.text, None)
+
+    def score(self, data, text: str) -> tasks.Outcome:
+        """
+        >>> Question("Name a fruit.").score(None, " An apple!").key
+        'an apple'
+        """
+        key = " ".join(re.findall(r"\w+", text.casefold()))
+        return tasks.Outcome(0.0, False, key, True) if key else tasks.NOTHING
+
+
+def ask(explorer: sesa.Explorer, plan: sesa.Plan, seed: int = 0) -> list[dict]:
+    """Answers to a Question, each with its text, its sketch (None without one) and its key, in the order drawn.
+
+    explorer: of `Policy.explorer`, with the question as its task. ValueError where the model cannot read the question.
+    """
+    [problem] = problems = explorer.task.problems("validation", 0)
+    explorer.check_problems(problems, plan)
+    [group] = explorer.rollout([(0, problem)], plan, (seed,))
+    texts = [(text, t.sketch) for t in group.trajectories for text in t.texts]
+    keys = [outcome.key for outcome in group.outcomes()]
+    answers = zip(texts, keys, strict=True)
+    return [dict(text=text, sketch=sketch, key=key) for (text, sketch), key in answers]
+
+
+def answer(config: Config) -> None:
+    """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
+    c = filled(config, dict(ANSWERS, num_sketches=8))
+    check(ranges(c))
+    if c.model == "tiny":
+        raise UserError("--ask: the tiny policy knows only the words of its task; give a pretrained --model")
+    text = sys.stdin.read() if c.ask == "-" else c.ask
+    question = Question(text.strip(), c.two_stage)
+    device = Ranks.start(c.device).device
+    with patience(f"loading {c.model}"):
+        policy = load_policy(c.model, question, c.prompts)
+    policy.model.to(device)
+    explorer, turn = policy.explorer(question), c.max_new_tokens
+    sketch = c.max_sketch_tokens or (not c.two_stage and turn) or question.sketch_tokens
+    sketch_params, solution_params = (
+        SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
+        for most in (sketch, turn or question.solution_tokens)
+    )
+    n, limits = c.num_sketches, dict(sketch_params=sketch_params, solution_params=solution_params)
+    iid = ask(explorer, sesa.Plan("grpo", group_size=n, **limits), c.seed)
+    width = max(16, shutil.get_terminal_size().columns // 2 - 4)
+    places = itertools.count()
+
+    def beside(text: str) -> None:
+        i = next(places)
+        left, right = (one_line(t, width) for t in (text, iid[i % n]["text"]))
+        print(f"{i % n + 1:3}  {left:{width}} {right}", flush=True)
+
+    if not c.json:
+        explorer.drawn = beside
+        print(f"     {'in sequence':{width}} i.i.d.")
+    chain = ask(explorer, sesa.Plan(num_sketches=n, **limits), c.seed)
+    kinds = dict(sequential=chain, iid=iid)
+    different = {kind: len({a["key"] for a in answers if a["key"]}) for kind, answers in kinds.items()}
+    if c.json:
+        found = dict(question=question.text, model=c.model, seed=c.seed, different=different)
+        print(json.dumps(found | kinds, ensure_ascii=False))
+        return
+    for solution in chain if c.two_stage else ():
+        beside(solution["text"])
+    print(f"different: {different['sequential']} of {n} in sequence, {different['iid']} of {n} i.i.d.")
+
+
+def one_line(text: str, width: int) -> str:
+    """A text of the policy for a terminal: one line without control characters, cut to so many characters.
+
+    >>> one_line("New\\n  York \\x1b[31m City", 12)
+    'New York [3…'
+    """
+    text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+@contextmanager
+def patience(doing: str) -> Iterator[None]:
+    """Says what is being waited for, where that takes over two seconds."""
+    first = os.environ.get("RANK", "0") == "0"
+    timer = threading.Timer(2.0, tqdm.write, [f"{doing} ..."], dict(file=sys.stderr))
+    timer.daemon = True
+    if first:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Entry
 
 
@@ -1454,6 +1591,8 @@ def main(config: Config) -> None:
     disable_progress_bar()  # those of transformers, for every load and save
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as wanted
     with user_errors():
+        if config.ask is not None:
+            return answer(config)
         task = tasks.make_task(config.task, **parse_options(config.task_options))
         config = resolve(config, task)
         if config.dry_run or config.show:
