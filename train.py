@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import fcntl
 import hashlib
-import itertools
+import importlib.util
 import json
 import math
 import os
@@ -40,14 +40,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
+from itertools import count, islice, product
 from pathlib import Path
 from platform import python_version
 from statistics import fmean
 from typing import Literal
-from uuid import uuid4
 
 import tyro
 
@@ -414,7 +412,7 @@ def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     across = c.baseline != "chain" or c.rarity
     apart = "chains about different problems are not comparable: use --baseline chain --rarity 0"
     yield chains and task.num_problems("train") > 1 and across, apart
-    missing = c.report_to != "none" and not find_spec(c.report_to)
+    missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
     yield missing, f"--report_to {c.report_to}: the package is not installed; pip install {c.report_to}"
     untrained = c.eval_only or not c.steps
     yield untrained and c.push_to_hub, f"--push_to_hub {c.push_to_hub}: nothing is trained; needs --steps above 0"
@@ -530,7 +528,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not task.words:
-        raise UserError(f"--model tiny: {config.task} has no closed vocabulary; give a pretrained model")
+        raise UserError(f"--model tiny: {task.name} has no closed vocabulary; give a pretrained model")
     tokenizer = word_tokenizer([*sesa.TINY_WORDS, *task.words])
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -618,7 +616,7 @@ def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) 
     """The conversations of `count` demonstrations, as rows to be learnt by heart."""
     explorer = sesa.Explorer(None, task, policy.chat(), policy.prompts)
     demonstrations = task.demonstrations(random.Random(seed))
-    for demonstration in itertools.islice(demonstrations, count):
+    for demonstration in islice(demonstrations, count):
         for trajectory in explorer.demonstration(demonstration):
             trajectory.advantages = [1.0]
             yield sesa.as_sampled(trajectory)
@@ -632,7 +630,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
-        taken = list(itertools.islice(rows, batch))  # a demonstration is one row or more
+        taken = list(islice(rows, batch))  # a demonstration is one row or more
         total = sum(len(row.targets) for row in taken)
         loss = 0.0
         for micro in rl.micro_batches(taken, config.micro_batch_tokens):
@@ -1348,7 +1346,7 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
         base = json.loads(file.read_text())["base_evaluation"] if file.exists() else None
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read as a run folder ({first_line(error)})") from None
-    rows = [dict(step=0, eval=base)] * bool(base) + rows
+    rows[:0] = [dict(step=0, eval=base)] if base else []
     tokens = seconds = 0
     for row in rows:
         tokens += row.get("generated_tokens", 0)
@@ -1368,11 +1366,6 @@ def found(evaluation: dict) -> tuple[str, float]:
     return f"targets found in {k} guesses", counts[k]
 
 
-def curve(rows: Sequence[dict], across: str, name: str) -> dict[int, tuple[float, float]]:
-    """{step: (x, y)} of the steps that have it."""
-    return {row["step"]: (row[across], row[name]) for row in rows if row.get(name) is not None}
-
-
 def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float | None] = ()) -> str:
     """A picture of runs (rows of `read_run`): each group a colour, its seeds thin, their mean thick. Returns what the
     evaluations count.
@@ -1385,30 +1378,28 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
-    last = [r["eval"] for runs in groups.values() for rows in runs for r in rows if r.get("eval")]
-    title = found(last[-1]["iid"])[0] if last else "no evaluation yet"
-    styles = dict(sequential="-", iid="--")
-    panels = [(title, styles, across) for across in ("step", "tokens", "seconds")]
+    evaluations = [row["eval"] for runs in groups.values() for rows in runs for row in rows if row.get("eval")]
+    title = found(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
+    panels = [(title, dict(sequential="-", iid="--"), across) for across in ("step", "tokens", "seconds")]
     for name in ("reward", "unique_success", "duplicate_rate", "entropy", "kl", "grad_norm"):
         panels.append((name, {name: "-"}, "step"))
-    for axis, (name, lines, across) in zip(axes.flat, panels, strict=True):
+    for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
         axis.set(title=name, xlabel=across)
-        for (i, runs), (column, style) in itertools.product(enumerate(groups.values()), lines.items()):
-            seeds = [curve(rows, across, column) for rows in runs]
+        lines = [(i, runs, column) for i, runs in enumerate(groups.values()) for column in columns]
+        for i, runs, column in lines:
+            seeds = [{r["step"]: (r[across], r[column]) for r in rows if r.get(column) is not None} for rows in runs]
             shared = [step for step in seeds[0] if all(step in seed for seed in seeds)]
             mean = {step: [fmean(xy) for xy in zip(*(seed[step] for seed in seeds), strict=True)] for step in shared}
             for points, width in [(seed, 0.5) for seed in seeds] + [(mean, 1.8)]:
-                if points:
-                    x, y = zip(*points.values(), strict=True)
-                    axis.plot(x, y, style, color=f"C{i}", linewidth=width)
+                x, y = ([point[part] for point in points.values()] for part in (0, 1))
+                axis.plot(x, y, columns[column], color=f"C{i}", linewidth=width)
     for i, label in enumerate(groups):
         axes[0, 0].plot([], color=f"C{i}", label=label)
     axes[0, 0].plot([], "k--", label="i.i.d.; solid: in sequence")
     figure.legend(loc="outside lower center", frameon=False)
-    for level, style in zip(levels, (":", "--"), strict=False):
+    for level, axis in product(levels, axes[0]):
         if level is not None:
-            for axis in axes[0]:
-                axis.axhline(level, color="gray", linestyle=style)
+            axis.axhline(level, color="gray", linestyle=":")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -1468,41 +1459,34 @@ def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
     c = filled(config, dict(ANSWERS, num_sketches=8))
     check(ranges(c))
-    if c.model == "tiny":
-        raise UserError("--ask: the tiny policy knows only the words of its task; give a pretrained --model")
     text = sys.stdin.read() if c.ask == "-" else c.ask
-    question = Question(text.strip(), c.two_stage)
-    device = Ranks.start(c.device).device
-    with patience(f"loading {c.model}"):
-        policy = load_policy(c.model, question, c.prompts)
-    policy.model.to(device)
-    explorer, turn = policy.explorer(question), c.max_new_tokens
-    sketch = c.max_sketch_tokens or (not c.two_stage and turn) or question.sketch_tokens
-    sketch_params, solution_params = (
-        SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
-        for most in (sketch, turn or question.solution_tokens)
-    )
-    n, limits = c.num_sketches, dict(sketch_params=sketch_params, solution_params=solution_params)
-    iid = ask(explorer, sesa.Plan("grpo", group_size=n, **limits), c.seed)
+    question, ranks = Question(text.strip(), c.two_stage), Ranks.start(c.device)
+    policy = starting_policy(c.model, c, question, ranks)
+    policy.model.to(ranks.device)
+    n, most = c.num_sketches, c.max_new_tokens or (256 if c.two_stage else 32)
+    brief = c.max_sketch_tokens or (32 if c.two_stage else most)
+    turn = SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
+    sketch = dataclasses.replace(turn, max_new_tokens=brief)
+    plan = sesa.Plan(num_sketches=n, group_size=n, sketch_params=sketch, solution_params=turn)
+    explorer = policy.explorer(question)
+    iid = ask(explorer, dataclasses.replace(plan, method="grpo"), c.seed)
     width = max(16, shutil.get_terminal_size().columns // 2 - 4)
-    places = itertools.count()
+    places = count()
 
     def beside(text: str) -> None:
-        i = next(places)
-        left, right = (one_line(t, width) for t in (text, iid[i % n]["text"]))
-        print(f"{i % n + 1:3}  {left:{width}} {right}", flush=True)
+        i = next(places) % n
+        left, right = one_line(text, width), one_line(iid[i]["text"], width)
+        print(f"{i + 1:3}  {left:{width}} {right}", flush=True)
 
     if not c.json:
-        explorer.drawn = beside
         print(f"     {'in sequence':{width}} i.i.d.")
-    chain = ask(explorer, sesa.Plan(num_sketches=n, **limits), c.seed)
-    kinds = dict(sequential=chain, iid=iid)
-    different = {kind: len({a["key"] for a in answers if a["key"]}) for kind, answers in kinds.items()}
+        explorer.drawn = beside
+    found = dict(sequential=ask(explorer, plan, c.seed), iid=iid)
+    different = {kind: len({a["key"] for a in answers} - {None}) for kind, answers in found.items()}
     if c.json:
-        found = dict(question=question.text, model=c.model, seed=c.seed, different=different)
-        print(json.dumps(found | kinds, ensure_ascii=False))
-        return
-    for solution in chain if c.two_stage else ():
+        given = dict(question=question.text, model=c.model, seed=c.seed, different=different)
+        return print(json.dumps(given | found, ensure_ascii=False))
+    for solution in found["sequential"] if c.two_stage else ():
         beside(solution["text"])
     print(f"different: {different['sequential']} of {n} in sequence, {different['iid']} of {n} i.i.d.")
 
@@ -1555,12 +1539,11 @@ def compare(config: Config) -> None:
     groups = dict(zip(labels, groups.values(), strict=True))
     title = draw(groups, path)
     names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
-    print("  ".join(f"{name:>10}" for name in ("seeds", *names)))
+    print(("{:>11}" * 8).format("seeds", *names))
     for label, runs in groups.items():
-        ends = [[row[name] for row in rows if row.get(name) is not None][-1:] for name in names for rows in runs]
-        columns = [ends[i : i + len(runs)] for i in range(0, len(ends), len(runs))]
-        means = [f"{fmean(sum(column, [])):.4g}" if all(column) else "-" for column in columns]
-        print("  ".join(f"{text:>10}" for text in (len(runs), *means)), "", label)
+        ends = [dict(item for row in rows for item in row.items() if item[1] is not None) for rows in runs]
+        means = [fmean(end.get(name, math.nan) for end in ends) for name in names]
+        print(f"{len(runs):11}" + "".join(f"{mean:11.4g}" for mean in means), "", label)
     print(f"iid, sequential: {title}; the picture is {path}")
 
 
@@ -1570,35 +1553,34 @@ def reporting(config: Config, step: int) -> Iterator[Callable[[dict, Sequence[di
     name, flags = config.report_to, dataclasses.asdict(config)
     if name == "none":
         yield lambda row, records: None
-    elif name == "tensorboard":
+        return
+    if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1) as writer:
-            writer.add_hparams({flag: str(value) for flag, value in flags.items()}, {}, run_name=".")
+        writer = SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1)
+        writer.add_hparams({flag: str(value) for flag, value in flags.items()}, {}, run_name=".")
+        close = writer.close
+    else:  # these two have one interface, but for wandb's id, by which it knows a run
+        tracker, own = importlib.import_module(name), str(config.output_dir).strip("./").replace("/", "-")
+        known = dict(name=own, id=own) if name == "wandb" else dict(name=own)
+        tracker.init(project="sesa", config=flags, resume="allow", **known)
+        close = tracker.finish
 
-            def log(row: dict, records: Sequence[dict]) -> None:
-                for name, value in flat(row).items():
-                    writer.add_scalar(name, value, row["step"])
-                for i, record in enumerate(records):
-                    writer.add_text(f"samples/{i}", json.dumps(record, ensure_ascii=False), row["step"])
+    def log(row: dict, records: Sequence[dict]) -> None:
+        values, step = flat(row), row["step"]
+        texts = [json.dumps(record, ensure_ascii=False) for record in records]
+        if name == "tensorboard":
+            for measure, value in values.items():
+                writer.add_scalar(measure, value, step)
+            writer.add_text("samples", "\n\n".join(texts), step)
+        else:
+            table = tracker.Table(columns=["record"], data=[[text] for text in texts])
+            tracker.log(values | dict(samples=table), step=step)
 
-            yield log
-    else:
-        tracker, file = import_module(name), Path(config.output_dir) / f"{name}_run"
-        if not file.exists():
-            file.write_text(f"{Path(config.output_dir).name}-{uuid4().hex[:8]}")
-        run = dict(name=file.read_text()) | (dict(id=file.read_text()) if name == "wandb" else {})
-        tracker.init(project="sesa", config=flags, resume="allow", **run)
-        try:
-
-            def log(row: dict, records: Sequence[dict]) -> None:
-                texts = [[record["problem"], json.dumps(record, ensure_ascii=False)] for record in records]
-                table = dict(samples=tracker.Table(columns=["problem", "record"], data=texts)) if texts else {}
-                tracker.log(flat(row) | table, step=row["step"])
-
-            yield log
-        finally:
-            tracker.finish()
+    try:
+        yield log
+    finally:
+        close()
 
 
 def flat(row: dict, above: str = "") -> dict[str, float]:
@@ -1616,21 +1598,22 @@ def flat(row: dict, above: str = "") -> dict[str, float]:
 def model_card(run: Run, state: dict) -> str:
     """README.md of a checkpoint, from data/model_card.md."""
     c, template = run.config, Path(__file__).parent / "data" / "model_card.md"
-    plain = Config(**{name: getattr(c, name) for name in ("task", "task_options", "method", "model")})
-    plain, aside = vars(derived(plain, run.task)), {"seed", *RunFolder.FREE} - {"steps"}
-    given = [f"--{n} {v}" for n, v in vars(c).items() if n not in aside and v != plain[n]]
+    basic = ("task", "task_options", "method", "model")
+    usual = vars(derived(Config(**{name: getattr(c, name) for name in basic}), run.task))
+    given, aside = {}, {"seed", *RunFolder.FREE} - {"steps"}
+    for name, value in vars(c).items():
+        if name in basic or name not in aside and value != usual[name]:
+            given[f"--{name}"] = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     hub = c.model != "tiny" and not Path(c.model).exists()
-    lines = before_after(state["base"], state["last"], c.num_sketches)
-    return template.read_text(encoding="utf-8").format(
+    base, last = (brief(state[which], c.num_sketches) for which in ("base", "last"))
+    rows = [f"| {name} | {base.get(name, math.nan):.3f} | {value:.3f} |" for name, value in last.items()]
+    values = vars(c) | state | dict(
         base_model=f"base_model: {c.model}\n" if hub else "",
-        options=" ".join(c.task_options),
-        given=" ".join(given) or "(defaults)",
-        two_stage="--two_stage " * run.task.two_stage,
-        measures="\n".join(f"| {name} | {before} | {after} |" for name, before, after in lines),
-        step=state["step"],
-        tokens=state["generated_tokens"],
-        **{name: getattr(c, name) for name in ("task", "method", "model", "seed", "num_sketches")},
-    )
+        given=" ".join(f"{name} {value}" for name, value in given.items() if value),
+        asked="--two_stage" * run.task.two_stage,
+        measures="\n".join(rows),
+    )  # fmt: skip
+    return template.read_text(encoding="utf-8").format(**values)
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
@@ -1759,17 +1742,17 @@ def show(config: Config, task: tasks.Task) -> None:
         print(f"--- prompt '{name}'\n{text}\n")
 
 
-def before_after(base: dict | None, last: dict | None, size: int) -> list[tuple[str, str, str]]:
-    """(measure, before training, now) of two evaluations, of which each may be missing."""
-    before, after = (e and sesa.measures(e) for e in (base, last))
-    if not after:
-        return []
-    measured = [(f"{name}, i.i.d.", lambda m, name=name: m[name]) for name in ("success", "valid")]
-    part = "unique_at_k" if after["coverage"] else "pass_at_k"
-    for kind, values in after[part].items():
-        shown = [k for k in values if int(k) in (1, size, 320)] or list(values)[:1]
-        measured += [(f"{part.replace('_', ' ')} {k}, {kind}", lambda m, at=(kind, k): m[part][at[0]][at[1]]) for k in shown]
-    return [(name, f"{of(before):.3f}" if before else "-", f"{of(after):.3f}") for name, of in measured]
+def brief(evaluation: dict | None, size: int) -> dict[str, float]:
+    """The measures of an evaluation that a person asks for first; {} without one."""
+    if not evaluation:
+        return {}
+    known = sesa.measures(evaluation)
+    values = {f"{name}, i.i.d.": known[name] for name in ("success", "valid")}
+    part = "unique_at_k" if known["coverage"] else "pass_at_k"
+    for kind, counts in known[part].items():
+        shown = [k for k in counts if int(k) in (1, size, 320)] or list(counts)[:1]
+        values |= {f"{part.replace('_', ' ')} {k}, {kind}": counts[k] for k in shown}
+    return values
 
 
 def report(summary: dict, config: Config) -> None:
@@ -1777,10 +1760,10 @@ def report(summary: dict, config: Config) -> None:
     print(f"\n{config.task}, {config.method}, {summary['steps']} steps in {summary['seconds']:.0f} s:")
     known = dict(floor=summary["floor"], ceiling=summary["ceiling"])  # of a random policy, of a solver
     bounds = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
-    lines = before_after(summary["base_evaluation"], summary["evaluation"], config.num_sketches)
-    for name, before, after in lines:
+    base, last = (brief(summary[name], config.num_sketches) for name in ("base_evaluation", "evaluation"))
+    for name, after in last.items():
         beside = f"  ({bounds})" if name.startswith("success") and bounds else ""
-        print(f"  {name:28} {before:>6} -> {after}{beside}")
+        print(f"  {name:28} {base.get(name, math.nan):6.3f} -> {after:.3f}{beside}")
     print(f"  everything is in {config.output_dir}/")
 
 
