@@ -258,8 +258,12 @@ def command_line(
     return Config(**{name: value for group in groups for name, value in vars(group).items()})
 
 
+def parse() -> Config:
+    return tyro.cli(command_line, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag are answered at once
-    COMMAND = tyro.cli(command_line, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    COMMAND = parse()
 
 import torch
 import torch.distributed as dist
@@ -1518,6 +1522,7 @@ def write_rollouts(folder: Path) -> None:
     """figures/rollouts.html: what was sampled over the run, in one page; no text in it can end the script it is in."""
     page = (Path(__file__).parent / "data" / "rollouts.html").read_text(encoding="utf-8")
     records = json.dumps(read_rows(folder / "samples.jsonl")).replace("<", "\\u003c")
+    (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures" / "rollouts.html").write_text(page.replace("@@RECORDS@@", records), encoding="utf-8")
 
 
@@ -1812,9 +1817,10 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
             push(config.push_to_hub, folder, state["best_step"])
 
 
-if __name__ == "__main__":
+def start(config: Config) -> None:
+    """main, with what a person sees where it ends otherwise than well; for forks, too: see CONTRIBUTING.md."""
     try:
-        main(COMMAND)
+        main(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -1825,3 +1831,7 @@ if __name__ == "__main__":
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    start(COMMAND)
