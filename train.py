@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import fcntl
 import hashlib
-import itertools
+import importlib.util
 import json
 import math
 import os
@@ -41,8 +41,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from itertools import count, islice, product
 from pathlib import Path
 from platform import python_version
+from statistics import fmean
 from typing import Literal
 
 import tyro
@@ -182,6 +184,8 @@ class OptimisationFlags:
 class EvaluationFlags:
     eval_only: bool = False
     """evaluate --model and write summary.json, without training"""
+    eval_first: bool = True
+    """evaluate before training, too"""
     eval_every: int = 50
     """steps between evaluations; 0 evaluates before and after training only"""
     eval_problems: int = 128
@@ -216,6 +220,10 @@ class RunFlags:
     """steps between the decoded samples in samples.jsonl"""
     device: Literal["cpu", "cuda"] | None = None
     """the GPU if there is one"""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """send metrics, flags and samples there, too, under the names of metrics.jsonl"""
+    push_to_hub: str | None = None
+    """name of a model repository that is to get the best checkpoint at the end"""
 
 
 @dataclass
@@ -226,6 +234,8 @@ class LookFlags:
     """of --ask: sketches in sequence, and an answer to each"""
     json: bool = False
     """of --ask: print one JSON object"""
+    compare: tuple[str, ...] = ()
+    """run folders: one picture, output_dir/compare.png (here if not given), and a table; seeds are put together"""
 
 
 @dataclass
@@ -248,8 +258,12 @@ def command_line(
     return Config(**{name: value for group in groups for name, value in vars(group).items()})
 
 
+def parse() -> Config:
+    return tyro.cli(command_line, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+
+
 if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag are answered at once
-    COMMAND = tyro.cli(command_line, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    COMMAND = parse()
 
 import torch
 import torch.distributed as dist
@@ -303,7 +317,14 @@ def user_errors() -> Iterator[None]:
 
 
 def resolve(config: Config, task: tasks.Task) -> Config:
-    """The config with every None that has a derived value filled in, checked: value, rule, remedy."""
+    """The config as `derived`, checked: value, rule, remedy."""
+    config = derived(config, task)
+    check((*ranges(config), *rules(config, task)))
+    return config
+
+
+def derived(config: Config, task: tasks.Task) -> Config:
+    """The config with every None that has a derived value filled in."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
     defaults |= PRETRAINED if not is_tiny(config.model) else {}
@@ -313,9 +334,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     defaults |= dict(output_dir=folder + "-eval" * config.eval_only)
     config = filled(config, defaults)
     answers = config.num_direct + config.num_sketches * config.num_solutions
-    config = filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k))
-    check((*ranges(config), *rules(config, task)))
-    return config
+    return filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k))
 
 
 def check(verdicts: Iterable[tuple[bool, str]]) -> None:
@@ -392,6 +411,11 @@ def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     across = c.baseline != "chain" or c.rarity
     apart = "chains about different problems are not comparable: use --baseline chain --rarity 0"
     yield chains and task.num_problems("train") > 1 and across, apart
+    missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
+    yield missing, f"--report_to {c.report_to}: the package is not installed; pip install {c.report_to}"
+    untrained = c.eval_only or not c.steps
+    yield untrained and c.push_to_hub, f"--push_to_hub {c.push_to_hub}: nothing is trained; needs --steps above 0"
+    yield untrained and not c.eval_first, "--eval_first False: nothing else would be evaluated; needs --steps above 0"
     odd_heads = c.tiny_width // max(1, c.tiny_width // 32) % 2
     yield odd_heads, f"--tiny_width {c.tiny_width}: must be a multiple of 32, or even and below"
     alone = chains and c.baseline == "position" and c.problems_per_step < 2
@@ -509,7 +533,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if not task.words:
-        raise UserError(f"--model tiny: {config.task} has no closed vocabulary; give a pretrained model")
+        raise UserError(f"--model tiny: {task.name} has no closed vocabulary; give a pretrained model")
     tokenizer = word_tokenizer([*sesa.TINY_WORDS, *task.words])
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -551,7 +575,8 @@ def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -
     def make() -> Policy:
         if name == "tiny":
             return warm_start(config, task, ranks.device)
-        return load_policy(name, task, config.prompts)
+        with patience(f"loading {name}"):
+            return load_policy(name, task, config.prompts)
 
     return ranks.first(make, lambda policy: dataclasses.replace(policy, model=hollow(policy.model, device="meta")))
 
@@ -596,7 +621,7 @@ def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) 
     """The conversations of `count` demonstrations, as rows to be learnt by heart."""
     explorer = sesa.Explorer(None, task, policy.chat(), policy.prompts)
     demonstrations = task.demonstrations(random.Random(seed))
-    for demonstration in itertools.islice(demonstrations, count):
+    for demonstration in islice(demonstrations, count):
         for trajectory in explorer.demonstration(demonstration):
             trajectory.advantages = [1.0]
             yield sesa.as_sampled(trajectory)
@@ -610,7 +635,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
-        taken = list(itertools.islice(rows, batch))  # a demonstration is one row or more
+        taken = list(islice(rows, batch))  # a demonstration is one row or more
         total = sum(len(row.targets) for row in taken)
         loss = 0.0
         for micro in rl.micro_batches(taken, config.micro_batch_tokens):
@@ -663,8 +688,8 @@ class Run:
         self.limits = {kind: limit or policy.limits[kind] for kind, limit in given.items()}
         self.problems = task.problems("train", config.seed)
 
-    def train(self, folder: RunFolder, state: dict) -> None:
-        """Train from where `state` is to the last step, or until asked to stop."""
+    def train(self, folder: RunFolder, state: dict, log: Callable) -> None:
+        """Train from where `state` is to the last step, or until asked to stop; log: of `reporting`."""
         config, began = self.config, time.perf_counter() - state["seconds"]
         quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
@@ -685,8 +710,13 @@ class Run:
                 if skipped >= 5:
                     line = f"step {state['step']}: {skipped} updates in a row had a loss or gradient that is not finite"
                     raise UserError(f"{line}; go on with a lower --learning_rate from a checkpoint in {folder.path}")
+                records = []
                 if last or step % config.sample_every == 0:
-                    folder.append("samples.jsonl", *(sesa.sample_record(step + 1, g) for g in groups[:2]))
+                    records = [sesa.sample_record(step + 1, g) for g in groups[:2]]
+                    folder.append("samples.jsonl", *records)
+                    if records and not progress.disable:
+                        tqdm.write(in_colour(records[0]), file=sys.stderr)
+                log(row, records)
                 if last or due(state["step"], config.checkpoint_every):
                     folder.save(self, state)
                 numbers = dict(reward=f"{row['reward']:.3f}", entropy=f"{row['entropy'] or 0:.2f}")
@@ -803,7 +833,7 @@ class Run:
             **sesa.measures(state["last"]),
             floor=self.task.floor(),
             ceiling=self.task.ceiling(),
-            base=sesa.measures(state["base"]),
+            base=state["base"] and sesa.measures(state["base"]),
             evaluation=state["last"],
             base_evaluation=state["base"],
             versions=versions | dict(python=python_version()),
@@ -1014,7 +1044,8 @@ def evaluate(run: Run) -> dict:
         size = plan.group_size if kind == "iid" else plan.num_sketches * plan.num_solutions
         rounds = 1 if run.task.two_stage else math.ceil(n / size)
         mine = run.ranks.share([p for p in problems for _ in range(rounds)])
-        groups = run.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
+        with patience(f"evaluation, {kind}: {len(mine) * size:,} answers"):
+            groups = run.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
         outcomes = run.ranks.gather([g.outcomes() for g in groups])
         if not run.task.two_stage:  # the rounds of a problem are one list of guesses
             rounds = [outcomes[i : i + rounds] for i in range(0, len(outcomes), rounds)]
@@ -1082,7 +1113,7 @@ class RunFolder:
 
     # Flags that may change when a run goes on. `graphs` is one of an earlier version.
     FREE = """resume resume_auto output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device shard_ranks
-        micro_batch_tokens""".split()
+        micro_batch_tokens report_to push_to_hub""".split()
 
     def __init__(self, config: Config, ranks: Ranks):
         self.path, self.ranks, self.keep = Path(config.output_dir), ranks, config.keep_checkpoints
@@ -1165,11 +1196,6 @@ class RunFolder:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         file.write_text("".join(kept), encoding="utf-8")
 
-    def rows(self, name: str) -> list[dict]:
-        file = self.path / name
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines]
-
     def append(self, name: str, *rows: dict) -> None:
         if self.ranks.rank == 0:
             with open(self.path / name, "a", encoding="utf-8") as file:
@@ -1189,6 +1215,7 @@ class RunFolder:
             dcp.save(run.tensors(), checkpoint_id=folder / "training_state")
             if self.ranks.rank == 0:
                 run.policy.save(folder)
+                (folder / "README.md").write_text(model_card(run, state), encoding="utf-8")
                 position = json.dumps(state | dict(config=self.flags), ensure_ascii=False)
                 (folder / "training_state" / "position.json").write_text(position, encoding="utf-8")
 
@@ -1314,50 +1341,78 @@ def unsharded(tensor: Tensor) -> Tensor:
 # Figures
 
 
-def draw(folder: RunFolder, task: tasks.Task, base: dict) -> None:
-    """figures/training.png: what a healthy and a sick run differ in, over the steps."""
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file of one JSON object a line; [] without it. What is still being written is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_run(path: Path) -> tuple[dict, list[dict]]:
+    """(flags, rows) of a run folder: each step's metrics with the tokens and seconds so far, the base first."""
+    try:
+        flags = json.loads((path / "config.json").read_text())
+        rows, file = read_rows(path / "metrics.jsonl"), path / "summary.json"
+        base = json.loads(file.read_text())["base_evaluation"] if file.exists() else None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as a run folder ({first_line(error)})") from None
+    rows[:0] = [dict(step=0, eval=base)] if base else []
+    tokens = seconds = 0
+    for row in rows:
+        tokens += row.get("generated_tokens", 0)
+        seconds += row.get("step_time", 0)
+        row |= dict(tokens=tokens, seconds=seconds)
+        for kind, result in row.get("eval", {}).items():
+            row[kind] = found(result)[1]
+    return flags, rows
+
+
+def found(evaluation: dict) -> tuple[str, float]:
+    """Different right answers where the targets are known, else the share of success: (of what, how much)."""
+    if "coverage" not in evaluation:
+        return "validation success", evaluation["avg@n"]
+    counts = evaluation["unique@k"]
+    k = "320" if "320" in counts else list(counts)[-1]
+    return f"targets found in {k} guesses", counts[k]
+
+
+def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float | None] = ()) -> str:
+    """A picture of runs (rows of `read_run`): each group a colour, its seeds thin, their mean thick. Returns what the
+    evaluations count.
+
+    Evaluations over steps, tokens and seconds: solid in sequence, dashed i.i.d.; the rest over steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = folder.rows("metrics.jsonl")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
-    evaluations = [dict(step=0, eval=base)] + [r for r in rows if "eval" in r]
-    draw_evaluations(axes.flat[0], evaluations, task)
-    shares, counts = ["reward", "success", "valid", "duplicate_rate"], ["unique_success", "unique_valid"]
-    panels = [shares, counts, ["entropy"], ["kl"], ["grad_norm"]]
-    for axis, names in zip(axes.flat[1:], panels, strict=True):
-        for name in names:
-            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
-        axis.set_xlabel("step")
-        if axis.lines:
-            axis.legend(frameon=False)
-    (folder.path / "figures").mkdir(exist_ok=True)
-    figure.savefig(folder.path / "figures" / "training.png", dpi=120)
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
+    evaluations = [row["eval"] for runs in groups.values() for rows in runs for row in rows if row.get("eval")]
+    title = found(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
+    panels = [(title, dict(sequential="-", iid="--"), across) for across in ("step", "tokens", "seconds")]
+    for name in ("reward", "unique_success", "duplicate_rate", "entropy", "kl", "grad_norm"):
+        panels.append((name, {name: "-"}, "step"))
+    for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
+        axis.set(title=name, xlabel=across)
+        lines = [(i, runs, column) for i, runs in enumerate(groups.values()) for column in columns]
+        for i, runs, column in lines:
+            seeds = [{r["step"]: (r[across], r[column]) for r in rows if r.get(column) is not None} for rows in runs]
+            shared = [step for step in seeds[0] if all(step in seed for seed in seeds)]
+            mean = {step: [fmean(xy) for xy in zip(*(seed[step] for seed in seeds), strict=True)] for step in shared}
+            for points, width in [(seed, 0.5) for seed in seeds] + [(mean, 1.8)]:
+                x, y = ([point[part] for point in points.values()] for part in (0, 1))
+                axis.plot(x, y, columns[column], color=f"C{i}", linewidth=width)
+    for i, label in enumerate(groups):
+        axes[0, 0].plot([], color=f"C{i}", label=label)
+    axes[0, 0].plot([], "k--", label="i.i.d.; solid: in sequence")
+    figure.legend(loc="outside lower center", frameon=False)
+    for level, axis in product(levels, axes[0]):
+        if level is not None:
+            axis.axhline(level, color="gray", linestyle=":")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def draw_evaluations(axis, evaluations: Sequence[dict], task: tasks.Task) -> None:
-    """What was found at each evaluation, i.i.d. and in sequence, between the task's floor and ceiling."""
-    for kind in ("iid", "sequential"):
-        results = [row["eval"][kind] for row in evaluations]
-        if task.targets:
-            ks = list(results[0]["coverage"])
-            k = "320" if "320" in ks else ks[-1]
-            values = [result["coverage"][k] * len(task.targets) for result in results]
-            axis.set_title(f"targets found in {k} guesses, of {len(task.targets)}")
-        else:
-            values = [result["avg@n"] for result in results]
-            axis.set_title("validation success")
-        axis.plot([row["step"] for row in evaluations], values, marker="o", markersize=3, label=kind)
-    for value, style in ((task.floor(), ":"), (task.ceiling(), "--")):
-        if value is not None and not task.targets:
-            axis.axhline(value, color="gray", linestyle=style)
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
+    return title
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1413,41 +1468,34 @@ def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
     c = filled(config, dict(ANSWERS, num_sketches=8))
     check(ranges(c))
-    if c.model == "tiny":
-        raise UserError("--ask: the tiny policy knows only the words of its task; give a pretrained --model")
     text = sys.stdin.read() if c.ask == "-" else c.ask
-    question = Question(text.strip(), c.two_stage)
-    device = Ranks.start(c.device).device
-    with patience(f"loading {c.model}"):
-        policy = load_policy(c.model, question, c.prompts)
-    policy.model.to(device)
-    explorer, turn = policy.explorer(question), c.max_new_tokens
-    sketch = c.max_sketch_tokens or (not c.two_stage and turn) or question.sketch_tokens
-    sketch_params, solution_params = (
-        SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
-        for most in (sketch, turn or question.solution_tokens)
-    )
-    n, limits = c.num_sketches, dict(sketch_params=sketch_params, solution_params=solution_params)
-    iid = ask(explorer, sesa.Plan("grpo", group_size=n, **limits), c.seed)
+    question, ranks = Question(text.strip(), c.two_stage), Ranks.start(c.device)
+    policy = starting_policy(c.model, c, question, ranks)
+    policy.model.to(ranks.device)
+    n, most = c.num_sketches, c.max_new_tokens or (256 if c.two_stage else 32)
+    brief = c.max_sketch_tokens or (32 if c.two_stage else most)
+    turn = SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
+    sketch = dataclasses.replace(turn, max_new_tokens=brief)
+    plan = sesa.Plan(num_sketches=n, group_size=n, sketch_params=sketch, solution_params=turn)
+    explorer = policy.explorer(question)
+    iid = ask(explorer, dataclasses.replace(plan, method="grpo"), c.seed)
     width = max(16, shutil.get_terminal_size().columns // 2 - 4)
-    places = itertools.count()
+    places = count()
 
     def beside(text: str) -> None:
-        i = next(places)
-        left, right = (one_line(t, width) for t in (text, iid[i % n]["text"]))
-        print(f"{i % n + 1:3}  {left:{width}} {right}", flush=True)
+        i = next(places) % n
+        left, right = one_line(text, width), one_line(iid[i]["text"], width)
+        print(f"{i + 1:3}  {left:{width}} {right}", flush=True)
 
     if not c.json:
-        explorer.drawn = beside
         print(f"     {'in sequence':{width}} i.i.d.")
-    chain = ask(explorer, sesa.Plan(num_sketches=n, **limits), c.seed)
-    kinds = dict(sequential=chain, iid=iid)
-    different = {kind: len({a["key"] for a in answers if a["key"]}) for kind, answers in kinds.items()}
+        explorer.drawn = beside
+    found = dict(sequential=ask(explorer, plan, c.seed), iid=iid)
+    different = {kind: len({a["key"] for a in answers} - {None}) for kind, answers in found.items()}
     if c.json:
-        found = dict(question=question.text, model=c.model, seed=c.seed, different=different)
-        print(json.dumps(found | kinds, ensure_ascii=False))
-        return
-    for solution in chain if c.two_stage else ():
+        given = dict(question=question.text, model=c.model, seed=c.seed, different=different)
+        return print(json.dumps(given | found, ensure_ascii=False))
+    for solution in found["sequential"] if c.two_stage else ():
         beside(solution["text"])
     print(f"different: {different['sequential']} of {n} in sequence, {different['iid']} of {n} i.i.d.")
 
@@ -1460,6 +1508,136 @@ def one_line(text: str, width: int) -> str:
     """
     text = "".join(c for c in " ".join(text.split()) if c.isprintable())
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+COLOURS = dict(hit=32, repeat=33, miss=2, invalid=31)  # of a terminal: green, yellow, faint, red
+
+
+def in_colour(record: dict) -> str:
+    """A record of samples.jsonl for a terminal: the guesses of a chain, or each sketch (or answer) -> its reward."""
+    shown = []
+    for solution in record["solutions"]:
+        for text, mark, reward in zip(solution["text"], solution["mark"], solution["reward"], strict=False):
+            text = f"{one_line(solution['sketch'] or text, 60)} -> {reward:.2g}"
+            shown.append(f"\033[{COLOURS[mark]}m{text}\033[0m")
+    return f"step {record['step']}, {one_line(record['problem'], 60)}: " + " | ".join(shown)
+
+
+def write_rollouts(folder: Path) -> None:
+    """figures/rollouts.html: what was sampled over the run, in one page; no text in it can end the script it is in."""
+    page = (Path(__file__).parent / "data" / "rollouts.html").read_text(encoding="utf-8")
+    records = json.dumps(read_rows(folder / "samples.jsonl")).replace("<", "\\u003c")
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "rollouts.html").write_text(page.replace("@@RECORDS@@", records), encoding="utf-8")
+
+
+def compare(config: Config) -> None:
+    """--compare: runs side by side, those that differ in nothing but the seed as one."""
+    path = Path(config.output_dir or ".") / "compare.png"
+    if path.exists():
+        raise UserError(f"{path} exists: move it, or give another --output_dir")
+    aside = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}
+    groups = {}
+    for name in config.compare:
+        flags, rows = read_run(Path(name))
+        flags = json.loads(json.dumps(dataclasses.asdict(Config()))) | flags
+        kept = {name: value for name, value in flags.items() if name not in aside}
+        groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
+    flags = [json.loads(key) for key in groups]
+    differ = [name for name in flags[0] if any(other.get(name) != flags[0][name] for other in flags)]
+    labels = [" ".join(f"{name}={f.get(name)}" for name in differ) or f"{f['task']} {f['method']}" for f in flags]
+    groups = dict(zip(labels, groups.values(), strict=True))
+    title = draw(groups, path)
+    names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
+    print(("{:>11}" * 8).format("seeds", *names))
+    for label, runs in groups.items():
+        ends = [dict(item for row in rows for item in row.items() if item[1] is not None) for rows in runs]
+        means = [fmean(end.get(name, math.nan) for end in ends) for name in names]
+        print(f"{len(runs):11}" + "".join(f"{mean:11.4g}" for mean in means), "", label)
+    print(f"iid, sequential: {title}; the picture is {path}")
+
+
+@contextmanager
+def reporting(config: Config, step: int) -> Iterator[Callable[[dict, Sequence[dict]], None]]:
+    """log(row of metrics.jsonl, records of samples.jsonl) to where --report_to says; goes on after `step`."""
+    name, flags = config.report_to, dataclasses.asdict(config)
+    if name == "none":
+        yield lambda row, records: None
+        return
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1)
+        writer.add_hparams({flag: str(value) for flag, value in flags.items()}, {}, run_name=".")
+        close = writer.close
+    else:  # these two have one interface, but for wandb's id, by which it knows a run
+        tracker, own = importlib.import_module(name), str(config.output_dir).strip("./").replace("/", "-")
+        known = dict(name=own, id=own) if name == "wandb" else dict(name=own)
+        tracker.init(project="sesa", config=flags, resume="allow", **known)
+        close = tracker.finish
+
+    def log(row: dict, records: Sequence[dict]) -> None:
+        values, step = flat(row), row["step"]
+        texts = [json.dumps(record, ensure_ascii=False) for record in records]
+        if name == "tensorboard":
+            for measure, value in values.items():
+                writer.add_scalar(measure, value, step)
+            writer.add_text("samples", "\n\n".join(texts), step)
+        else:
+            table = tracker.Table(columns=["record"], data=[[text] for text in texts])
+            tracker.log(values | dict(samples=table), step=step)
+
+    try:
+        yield log
+    finally:
+        close()
+
+
+def flat(row: dict, above: str = "") -> dict[str, float]:
+    """
+    >>> flat(dict(loss=0.5, eval=dict(iid={"pass@k": {"8": 1.0}}), kl=None))
+    {'loss': 0.5, 'eval/iid/pass@8': 1.0}
+    """
+    found = {}
+    for name, value in row.items():
+        path = above[:-2] + name if above.endswith("@k/") else above + name
+        found |= flat(value, path + "/") if isinstance(value, dict) else {} if value is None else {path: value}
+    return found
+
+
+def model_card(run: Run, state: dict) -> str:
+    """README.md of a checkpoint, from data/model_card.md."""
+    c, template = run.config, Path(__file__).parent / "data" / "model_card.md"
+    basic = ("task", "task_options", "method", "model")
+    usual = vars(derived(Config(**{name: getattr(c, name) for name in basic}), run.task))
+    given, aside = {}, {"seed", *RunFolder.FREE} - {"steps"}
+    for name, value in vars(c).items():
+        if name in basic or name not in aside and value != usual[name]:
+            given[f"--{name}"] = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    hub = c.model != "tiny" and not Path(c.model).exists()
+    base, last = (brief(state[which], c.num_sketches) for which in ("base", "last"))
+    rows = [f"| {name} | {base.get(name, math.nan):.3f} | {value:.3f} |" for name, value in last.items()]
+    values = vars(c) | state | dict(
+        base_model=f"base_model: {c.model}\n" if hub else "",
+        given=" ".join(f"{name} {value}" for name, value in given.items() if value),
+        asked="--two_stage" * run.task.two_stage,
+        measures="\n".join(rows),
+    )  # fmt: skip
+    return template.read_text(encoding="utf-8").format(**values)
+
+
+def push(name: str, folder: RunFolder, best: int) -> None:
+    """--push_to_hub: the best checkpoint that was kept, without what training would go on from."""
+    from huggingface_hub import HfApi
+
+    kept = folder.checkpoints()
+    path, api = folder.checkpoint(best if best in kept else kept[-1]), HfApi()
+    try:
+        api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=path, ignore_patterns=["training_state/*"])
+    except Exception as error:  # no network, no rights, no such owner: whatever it raises
+        raise UserError(f"--push_to_hub {name}: {first_line(error)}; the checkpoint is in {path}") from None
+    print(f"  {path} is at {name}")
 
 
 @contextmanager
@@ -1570,20 +1748,28 @@ def show(config: Config, task: tasks.Task) -> None:
         print(f"--- prompt '{name}'\n{text}\n")
 
 
+def brief(evaluation: dict | None, size: int) -> dict[str, float]:
+    """The measures of an evaluation that a person asks for first; {} without one."""
+    if not evaluation:
+        return {}
+    known = sesa.measures(evaluation)
+    values = {f"{name}, i.i.d.": known[name] for name in ("success", "valid")}
+    part = "unique_at_k" if known["coverage"] else "pass_at_k"
+    for kind, counts in known[part].items():
+        shown = [k for k in counts if int(k) in (1, size, 320)] or list(counts)[:1]
+        values |= {f"{part.replace('_', ' ')} {k}, {kind}": counts[k] for k in shown}
+    return values
+
+
 def report(summary: dict, config: Config) -> None:
     """The last lines of a run: before and after."""
     print(f"\n{config.task}, {config.method}, {summary['steps']} steps in {summary['seconds']:.0f} s:")
     known = dict(floor=summary["floor"], ceiling=summary["ceiling"])  # of a random policy, of a solver
     bounds = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
-    base, size = summary["base"], config.num_sketches
-    lines = [(f"{name}, i.i.d.", base[name], summary[name]) for name in ("success", "valid")]
-    part = "unique_at_k" if summary["coverage"] else "pass_at_k"
-    for kind, found in summary[part].items():
-        shown = [k for k in found if int(k) in (1, size, 320)] or list(found)[:1]
-        lines += [(f"{part.replace('_', ' ')} {k}, {kind}", base[part][kind][k], found[k]) for k in shown]
-    for name, before, after in lines:
+    base, last = (brief(summary[name], config.num_sketches) for name in ("base_evaluation", "evaluation"))
+    for name, after in last.items():
         beside = f"  ({bounds})" if name.startswith("success") and bounds else ""
-        print(f"  {name:28} {before:6.3f} -> {after:.3f}{beside}")
+        print(f"  {name:28} {base.get(name, math.nan):6.3f} -> {after:.3f}{beside}")
     print(f"  everything is in {config.output_dir}/")
 
 
@@ -1591,8 +1777,8 @@ def main(config: Config) -> None:
     disable_progress_bar()  # those of transformers, for every load and save
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as wanted
     with user_errors():
-        if config.ask is not None:
-            return answer(config)
+        if config.ask is not None or config.compare:
+            return compare(config) if config.compare else answer(config)
         task = tasks.make_task(config.task, **parse_options(config.task_options))
         config = resolve(config, task)
         if config.dry_run or config.show:
@@ -1611,24 +1797,31 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
         run = Run(config, task, starting_policy(config.model, config, task, folder.ranks), folder.ranks)
         run.explorer.check_problems(run.problems, run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
-            began, base = time.perf_counter(), evaluate(run)
+            began, base = time.perf_counter(), evaluate(run) if config.eval_first else None
             state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)
             state["seconds"] = time.perf_counter() - began
         else:
             run.load(folder.checkpoint(state["step"]))
         folder.start(state["step"])
     if not config.eval_only:
-        run.train(folder, state)
+        quiet = dataclasses.replace(config, report_to="none")
+        with reporting(config if folder.ranks.rank == 0 else quiet, state["step"]) as log:
+            run.train(folder, state, log)
     if folder.ranks.rank == 0:
         summary = run.summary(state)
         (folder.path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
-        draw(folder, task, summary["base_evaluation"])
+        levels = () if task.targets else (task.floor(), task.ceiling())
+        draw({config.method: [read_run(folder.path)[1]]}, folder.path / "figures" / "training.png", levels)
+        write_rollouts(folder.path)
         report(summary, config)
+        if config.push_to_hub:
+            push(config.push_to_hub, folder, state["best_step"])
 
 
-if __name__ == "__main__":
+def start(config: Config) -> None:
+    """main, with what a person sees where it ends otherwise than well; for forks, too: see CONTRIBUTING.md."""
     try:
-        main(COMMAND)
+        main(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -1639,3 +1832,7 @@ if __name__ == "__main__":
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    start(COMMAND)
