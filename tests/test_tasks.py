@@ -138,14 +138,14 @@ def test_solver_demonstrations_that_always_fail_end_in_an_error():
         next(task.demonstrations(random.Random(0)))
 
 
-def test_show_prints_problems_demonstrations_and_wrong_answers(capsys, tmp_path):
+def test_show_prints_problems_demonstrations_and_guesses(capsys, tmp_path):
     jsonl = f"jsonl:{write_jsonl(tmp_path / 'r.jsonl', RECORDS)}"
     for name in "synthetic", "countdown", "sokoban", "frozenlake", "sudoku", jsonl:
         task = make_task(name)
         tasks.show(task, 2)
         printed = capsys.readouterr().out
-        assert printed.count("a wrong answer:") == printed.count("demonstration:") == 2
-        assert task.problems("train", 0)[0].text in printed and "success=False" in printed
+        assert printed.count("a guess:") == printed.count("demonstration:") == 2
+        assert task.problems("train", 0)[0].text in printed and printed.count("Outcome(") == 4
 
 
 # ----------------------------------------------------------------------------------------------------- hostile strings
@@ -155,87 +155,14 @@ def hostile(flag: Path) -> list[str]:
     """Strings made to fool, crash or stall a verifier; the code in them would create the file `flag`."""
     code = f"__import__('pathlib').Path({str(flag)!r}).touch()"
     inner = [
-        *(
-            "",
-            " ",
-            "\0",
-            "\ud800",
-            "½ + ¼",
-            "１２ + ３",
-            "٣ + ٤",
-            "1 ⁄ 2",
-            "3 ＋ 5",
-            "Ⅷ",
-            "1e999999999",
-            "nan",
-            "0x10",
-            "1_0",
-        ),
-        *(
-            "9**9**9**9",
-            "9^{9^{9^{9}}}",
-            "1/0",
-            "8/(3-3)",
-            "--1",
-            "+1",
-            "3 5",
-            "3(5)",
-            "3//5",
-            "3 % 5",
-            "007",
-            "1." * 999,
-        ),
-        *(
-            "(" * 3000,
-            ")" * 3000,
-            "(" * 3000 + "1" + ")" * 3000,
-            "-" * 4000 + "1",
-            "1" + "+1" * 2000,
-            "[" * 999,
-            "{" * 999,
-        ),
-        *(
-            "9" * 4096,
-            "9" * 4097,
-            "9" * 4096 + "x",
-            "1" + ",111" * 1000,
-            "\\frac{" * 600,
-            "\\text{" * 600,
-            "\\sqrt{" * 600,
-        ),
-        *(
-            code,
-            f"[{code}]",
-            f"eval({code!r})",
-            f"{{{code}}}",
-            f"lambda: {code}",
-            f"@{code}",
-            f"`touch {flag}`",
-            f"$({code})",
-        ),
-        *(
-            "Up ||" * 800,
-            "|| || ||",
-            "Up | Left",
-            "UP||left",
-            "Up\nLeft",
-            "Up || Sideways",
-            "Up || ",
-            "r1c1 4",
-            "_ " * 81,
-        ),
-        *(
-            "1 2 3 4 " * 4,
-            "1" * 16,
-            "1" * 81,
-            "0" * 81,
-            "¹" * 16,
-            "<answer>",
-            "</answer>",
-            "</think>",
-            "None",
-            "#### 4",
-        ),
+        "", " ", "\0", "\ud800", "½ + ¼", "１２ + ３", "٣ + ٤", "1 ⁄ 2", "3 ＋ 5", "Ⅷ", "1e999999999", "nan", "0x10",
+        "1_0", "9**9**9**9", "9^{9^{9^{9}}}", "1/0", "8/(3-3)", "--1", "+1", "3 5", "3(5)", "3//5", "3 % 5", "007",
+        "1." * 999, "(" * 3000, ")" * 3000, "(" * 3000 + "1" + ")" * 3000, "-" * 4000 + "1", "1" + "+1" * 2000,
+        "[" * 999, "{" * 999, "9" * 4096, "9" * 4097, "9" * 4096 + "x", "1" + ",111" * 1000, "\\frac{" * 600,
+        "\\text{" * 600, "\\sqrt{" * 600, code, f"[{code}]", f"eval({code!r})", f"{{{code}}}", f"lambda: {code}",
+        f"@{code}", f"`touch {flag}`", f"$({code})", "Up ||" * 800, "|| || ||", "Up | Left", "UP||left",
+        "Up\nLeft", "Up || Sideways", "Up || ", "r1c1 4", "_ " * 81, "1 2 3 4 " * 4, "1" * 16, "1" * 81, "0" * 81,
+        "¹" * 16, "<answer>", "</answer>", "</think>", "None", "#### 4",
     ]
     outer = ["<answer>{}</answer>", "<answer>{}", "{}</answer>", "\\boxed{{{}}}", "\\boxed{{{}", "#### {}", "{}"]
     outer += ["</answer>{}<answer>", "<answer><answer>{}</answer></answer>", "<answer>1</answer><answer>{}</answer>"]
@@ -399,8 +326,8 @@ def test_countdown_agrees_with_exhaustive_search(difficulty):
         values = reachable(tuple(map(Fraction, numbers)))
         assert target in values
         solutions = tasks.solve_countdown(numbers, target, task.top)
-        assert solutions
-        for start, (expression, steps) in solutions.items():
+        assert any(solutions.values())
+        for start, (expression, steps) in ((start, found) for start, found in solutions.items() if found):
             assert task.score(problem.data, f"<answer>{expression}</answer>").success
             sides = [side.split() for side in steps.split(" = ")]  # a + b, value c * d, ..., target
             parts = [" ".join(side[-3:]) for side in sides[:-1]]
@@ -409,7 +336,7 @@ def test_countdown_agrees_with_exhaustive_search(difficulty):
             assert steps.startswith(start) and values_of_steps[-1] == target
             assert len(parts) == len(numbers) - 1 and max(values_of_steps) <= task.top
         impossible = next(n for n in range(1, 10**6) if n not in values)
-        assert tasks.solve_countdown(numbers, impossible) == {}
+        assert not any(tasks.solve_countdown(numbers, impossible).values())
         for _ in range(20):
             tree, value = random_tree([Fraction(n) for n in numbers], rng)
             outcome = task.score(problem.data, f"<answer>{tree}</answer>")
