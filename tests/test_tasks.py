@@ -21,14 +21,8 @@ from tasks import NOTHING, Outcome, Problem, Record, make_task, play
 
 ROOT = Path(__file__).parent.parent
 GENERATED = [
-    ("countdown", {}),
-    ("countdown", {"difficulty": "easy"}),
-    ("countdown", {"difficulty": "hard"}),
-    ("sokoban", {}),
-    ("sokoban", {"boxes": 2}),
-    ("frozenlake", {}),
-    ("frozenlake", {"slippery": False}),
-    ("sudoku", {}),
+    ("countdown", {}), ("countdown", {"difficulty": "easy"}), ("countdown", {"difficulty": "hard"}), ("sokoban", {}),
+    ("sokoban", {"boxes": 2}), ("frozenlake", {}), ("frozenlake", {"slippery": False}), ("sudoku", {}),
     ("sudoku", {"size": 9}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in GENERATED]
@@ -365,25 +359,10 @@ def random_tree(numbers, rng):
 @pytest.mark.parametrize(
     "answer, reward",
     [
-        ("( 3 + 5 ) * 7", 1.0),
-        ("(3+5)*7=56", 1.0),
-        ("(3+5)×7 = 56", 1.0),
-        ("7*(5+3) = 57", 0.0),
-        ("(3+5)*7 = 8*7 = 56", 0.0),
-        ("3+5*7", 0.1),
-        ("3*7/5", 0.1),
-        ("(3+5)*7*1", 0.0),
-        ("(3+5)*(7)", 1.0),
-        ("3+5", 0.0),
-        ("(3+3)*7", 0.0),
-        ("35 + 7", 0.0),
-        ("3 5 + 7", 0.0),
-        ("-(3+5)*-7", 0.0),
-        ("3**5*7", 0.0),
-        ("3//5*7", 0.0),
-        ("5 * 7 / (3 - 3)", 0.0),
-        ("3.0+5+7", 0.0),
-        ("", 0.0),
+        ("( 3 + 5 ) * 7", 1.0), ("(3+5)*7=56", 1.0), ("(3+5)×7 = 56", 1.0), ("7*(5+3) = 57", 0.0),
+        ("(3+5)*7 = 8*7 = 56", 0.0), ("3+5*7", 0.1), ("3*7/5", 0.1), ("(3+5)*7*1", 0.0), ("(3+5)*(7)", 1.0),
+        ("3+5", 0.0), ("(3+3)*7", 0.0), ("35 + 7", 0.0), ("3 5 + 7", 0.0), ("-(3+5)*-7", 0.0), ("3**5*7", 0.0),
+        ("3//5*7", 0.0), ("5 * 7 / (3 - 3)", 0.0), ("3.0+5+7", 0.0), ("", 0.0),
     ],
 )
 def test_countdown_rewards(answer, reward):
@@ -504,10 +483,7 @@ def test_turns_of_an_agent():
     assert play(task, room(), ["<answer> Right </answer>", "<answer> Right </answer>"]) == right
     # a turn without an answer, or with one unknown action, does nothing, costs 0.1 and a turn
     for bad in (
-        "Right || Right",
-        "<answer> Right || Jump </answer>",
-        "<answer></answer>",
-        "<answer> Right Right </answer>",
+        "Right || Right", "<answer> Right || Jump </answer>", "<answer></answer>", "<answer> Right Right </answer>",
     ):
         outcome = play(task, room(), [bad, "<answer> Right || Right </answer>"])
         assert outcome == Outcome(10.7, True, "Right Right", False)
@@ -690,12 +666,7 @@ def test_a_validation_file_is_kept_apart(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "{",
-        "[]",
-        "5",
-        '{"question": "q"}',
-        '{"answer": "a"}',
-        '{"question": 1, "answer": "a"}',
+        "{", "[]", "5", '{"question": "q"}', '{"answer": "a"}', '{"question": 1, "answer": "a"}',
         '{"question": "q", "answer": null}',
     ]
     + ['{"question": "q", "answer": true}', '{"question": "q", "answer": ["a"]}', "[" * 5000, "nonsense"],
@@ -753,30 +724,18 @@ def equivalent_pairs() -> list[tuple[str, str]]:
         (f"\\frac{{{n}}}{{4}}", form) for n in (1, 3, 5) for form in (str(n / 4), f"{n}/4", f"\\dfrac{{{n * 2}}}{{8}}")
     ]
     pairs += [
-        ("1,234", "1234"),
-        ("12\\text{ cm}", "12"),
-        ("(1, 2)", "\\left(1,2\\right)"),
-        ("90^\\circ", "90"),
+        ("1,234", "1234"), ("12\\text{ cm}", "12"), ("(1, 2)", "\\left(1,2\\right)"), ("90^\\circ", "90"),
         ("50\\%", "50"),
     ]
     pairs += [
-        ("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"),
-        ("2^{10}", "1024"),
-        ("e^{2\\ln 3}", "9"),
-        ("\\sin^2 x + \\cos^2 x", "1"),
+        ("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"), ("2^{10}", "1024"), ("e^{2\\ln 3}", "9"), ("\\sin^2 x + \\cos^2 x", "1"),
     ]
     pairs += [
-        ("x^2 - 1", "(x-1)(x+1)"),
-        ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"),
+        ("x^2 - 1", "(x-1)(x+1)"), ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"),
         ("-\\frac{1}{3}", "\\frac{-1}{3}"),
     ]
     pairs += [
-        ("[0, 1)", "[0,1)"),
-        ("0.5", ".5"),
-        ("\\frac12", "0.5"),
-        ("a+b", "b+a"),
-        ("2(a+b)", "2a+2b"),
-        ("7.", "7"),
+        ("[0, 1)", "[0,1)"), ("0.5", ".5"), ("\\frac12", "0.5"), ("a+b", "b+a"), ("2(a+b)", "2a+2b"), ("7.", "7"),
         ("-0", "0"),
     ]
     return pairs
@@ -789,19 +748,10 @@ def test_math_agrees_with_200_pairs_of_answers(math_task):
         (f"\\frac{{1}}{{{n}}}", f"\\frac{{1}}{{{n + 1}}}") for n in range(2, 12)
     ]
     different += [
-        ("x+1", "x+2"),
-        ("\\sqrt{2}", "\\sqrt{3}"),
-        ("(1, 2)", "(2, 1)"),
-        ("[0, 1)", "(0, 1]"),
-        ("a+b", "a-b"),
+        ("x+1", "x+2"), ("\\sqrt{2}", "\\sqrt{3}"), ("(1, 2)", "(2, 1)"), ("[0, 1)", "(0, 1]"), ("a+b", "a-b"),
     ]
     different += [
-        ("\\pi", "3.14"),
-        ("1/3", "0.33"),
-        ("\\{1, 2\\}", "\\{1, 3\\}"),
-        ("x^2", "x^3"),
-        ("12", "twelve"),
-        ("7", ""),
+        ("\\pi", "3.14"), ("1/3", "0.33"), ("\\{1, 2\\}", "\\{1, 3\\}"), ("x^2", "x^3"), ("12", "twelve"), ("7", ""),
     ]
     assert len(same) >= 100 and len(different) >= 100
 
@@ -861,8 +811,7 @@ def test_reasoning_gym_takes_equivalent_answers_and_options(capsys):
     assert task.judge.ask(problem.data[0], problem.data[1]) == 1.0
     task.judge.process.kill()
     for options, text in (
-        ({"nonsense": 1}, "has no option 'nonsense'"),
-        ({"min_value": "x"}, "must be int"),
+        ({"nonsense": 1}, "has no option 'nonsense'"), ({"min_value": "x"}, "must be int"),
         ({"min_value": -5}, "with"),
     ):
         with pytest.raises(ValueError, match=text):
