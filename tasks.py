@@ -405,8 +405,8 @@ class Countdown(Task):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-        numbers = [str(n) for n in range(1, self.top + 1)]
-        self.words = ["Numbers:", "Target:", "<think>", "</think>", "<answer>", "</answer>", *"+-*/()=", *numbers]
+        numbers = map(str, range(1, self.top + 1))
+        self.words = [*"Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) =".split(), *numbers]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
@@ -483,8 +483,9 @@ class GridEpisode:
         for action in actions[: self.task.turn_actions]:
             if self.over:
                 break
-            before, moves = self.state, self.task.moves(self.board, self.state, action)
-            self.state = self.rng.choices([after for _, after in moves], [p for p, _ in moves])[0]
+            before = self.state
+            weights, states = zip(*self.task.moves(self.board, before, action), strict=True)
+            [self.state] = self.rng.choices(states, weights)
             self.reward += self.task.reward(self.board, before, self.state)
             self.taken.append(self.task.actions[action])
         self.turns += 1
@@ -519,8 +520,8 @@ class Grid(Task):
     def __post_init__(self):
         check_range(self, max_turns=(1, 100), turn_actions=(1, 100), max_actions=(1, 100), **self.limits)
         self.tiny_tokens = dict(sketch=self.max_actions + 2, solution=2 * self.turn_actions + 4)
-        numbers = [str(n) for n in range(self.max_actions + 1)]
-        self.words = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}".split() + numbers
+        fixed = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}"
+        self.words = [*fixed.split(), *map(str, range(self.max_actions + 1))]
         form = f"Each turn give 1 to {self.turn_actions} of the actions {', '.join(self.actions)}, separated by ||, as"
         self.answer_hint = f"{self.rules} {form} <think> ... </think> <answer> Right || Down </answer>."
 
@@ -773,7 +774,7 @@ class Sudoku(Task):
         self.tiny_tokens = dict(sketch=min(self.blanks, 8) + 1, solution=self.size**2 + 2 * self.blanks + 5)
         self.numbers = "123456789"[: self.size]
         self.cells = [f"r{row}c{column}" for row, column in product(self.numbers, repeat=2)]
-        self.words = ["<think>", "</think>", "<answer>", "</answer>", "_", *self.numbers, *self.cells]
+        self.words = [*"<think> </think> <answer> </answer> _".split(), *self.numbers, *self.cells]
 
     def write(self, grid: Sequence[int]) -> str:
         return write_grid([str(number or "_") for number in grid])
@@ -1129,14 +1130,13 @@ def make_task(name: str, **options) -> Task:
 
 def load_class(path: str, name: str) -> type:
     """A task of the user's own."""
-    if not Path(path).is_file():
-        raise ValueError(f"task {path}:{name}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(f"task {path}:{name}: the file defines no class {name!r}")
-    return getattr(module, name)
+    if Path(path).is_file():
+        spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"task {path}:{name}: there is no such file or no such class in it")
 
 
 def check_options(name: str, cls: Callable, options: dict[str, Any]) -> dict[str, Any]:

@@ -83,21 +83,12 @@ def test_train_and_validation_share_no_problem(name, options):
     assert train.isdisjoint(canonical(p) for seed in (0, 1) for p in first(task, n, "validation", seed))
 
 
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
 @every_generated
-def test_generation_is_fast(name, options):
-    task = make_task(name, **options)
-    limit, n = (30, 60) if name == "sokoban" or options.get("size") == 9 else (5, 500)
+def test_1000_problems_are_made_in_5_seconds_or_30(name, options, share):
     start = time.process_time()
-    first(task, n)
-    assert (time.process_time() - start) * 1000 / n < limit
-
-
-@pytest.mark.slow
-@every_generated
-def test_generation_of_1000_problems_is_fast(name, options):
-    start = time.process_time()
-    first(make_task(name, **options), 1000)
-    assert time.process_time() - start < (30 if name == "sokoban" or options.get("size") == 9 else 5)
+    first(make_task(name, **options), int(1000 * share))
+    assert time.process_time() - start < share * (30 if name == "sokoban" or options.get("size") == 9 else 5)
 
 
 @every_generated
@@ -370,10 +361,7 @@ def test_countdown_rewards(answer, reward):
     assert score(((3, 5, 7), 56), f"<think>so</think><answer>{answer}</answer>").reward == reward
     assert score(((3, 5, 7), 56), f"<answer>3+5+7</answer> no: <answer>{answer}</answer>").reward == reward
     assert score(((3, 5, 7), 56), answer) == NOTHING  # without the tags
-
-
-def test_countdown_divides_by_zero_without_an_exception():
-    assert make_task("countdown").score(((3, 3, 7), 1), "<answer>7/(3-3)</answer>") == NOTHING
+    assert score(((3, 3, 7), 1), "<answer>7/(3-3)</answer>") == NOTHING  # the right numbers, no value, no exception
 
 
 def test_countdown_keys_are_equal_for_equal_expressions():
@@ -902,5 +890,5 @@ def test_a_task_of_your_own(tmp_path):
     for problem, sketches, turns in islice(task.demonstrations(random.Random(0)), 20):
         assert play(task, problem, turns).success and not play(task, problem, ["<answer> a </answer>"]).valid
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
-    with pytest.raises(ValueError, match="the file defines no class 'Missing'"):
+    with pytest.raises(ValueError, match="Missing: there is no such file or no such class in it"):
         make_task(f"{file}:Missing")
