@@ -25,16 +25,15 @@ import json
 import os
 import random
 import re
-import select
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property, lru_cache, partial
-from itertools import count, islice, permutations
+from itertools import count, islice, permutations, product
 from math import isqrt
 from operator import add, contains, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
@@ -68,11 +67,17 @@ class Demonstration(NamedTuple):
 NOTHING = Outcome(0.0, False, None, False)
 
 
+def judged(key: Hashable, right: bool) -> Outcome:
+    """Of a well-formed answer that is right or wrong."""
+    return Outcome(float(right), right, key, True)
+
+
+@dataclass
 class Problems(Sequence):
     """Problems made on demand; generated tasks and records go on beyond `len`, records with the next epoch."""
 
-    def __init__(self, make: Callable[[int], Problem], size: int):
-        self.make, self.size = make, size
+    make: Callable[[int], Problem]
+    size: int
 
     def __len__(self):
         return self.size
@@ -84,11 +89,13 @@ class Problems(Sequence):
         return map(self.make, range(self.size))
 
 
+@dataclass
 class SingleTurn:
     """An episode of one answer: observe() is the problem's text, the first act() decides the outcome."""
 
-    def __init__(self, problem: Problem, score: Callable[[Any, str], Outcome]):
-        self.problem, self.score, self.result = problem, score, None
+    problem: Problem
+    score: Callable[[Any, str], Outcome]
+    result: Outcome | None = None
 
     def observe(self) -> str:
         return self.problem.text
@@ -130,9 +137,10 @@ class Task:
         return 2**31
 
     def make(self, split: str, seed: int, i: int) -> Problem:
+        wanted = split == "train"
         rng = random.Random(f"{self.name} {split} {seed} {i}")
         for _ in range(10_000):
-            if drawn := self.draw(rng, lambda canonical: (share_of(canonical) < 0.5) == (split == "train")):
+            if drawn := self.draw(rng, lambda canonical: (share_of(canonical) < 0.5) == wanted):
                 return Problem(i, *drawn)
         raise ValueError(f"{self}: 10,000 draws gave no {split} problem; choose easier options")
 
@@ -160,19 +168,19 @@ class Task:
         """Success rate of a solver on the same problems, computed once and cached."""
         return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
 
-    def measured(self, what: str, rate: Callable[[Problem, random.Random], float], n: int = 2000) -> float:
-        """The mean of rate(problem, rng) over the first n validation problems of seed 0. It is kept in the user's
+    def measured(self, what: str, rate: Callable[[Problem, random.Random], float]) -> float:
+        """The mean of rate(problem, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
-        recipe = Path(__file__).read_bytes() + inspect.getsource(type(self)).encode() + f"{self} {what} {n}".encode()
+        recipe = f"{Path(__file__).read_text()} {inspect.getsource(type(self))} {self} {what}"
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa"
-        file = folder / f"{what}-{hashlib.blake2b(recipe, digest_size=12).hexdigest()}.json"
+        file = folder / f"{what}-{hashlib.blake2b(recipe.encode(), digest_size=12).hexdigest()}.json"
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
-        problems, rng = self.problems("validation", 0), random.Random(0)
-        result = fmean(rate(problems[i], rng) for i in range(min(n, len(problems))))
+        rng = random.Random(0)
+        result = fmean(rate(p, rng) for p in islice(self.problems("validation", 0), 2000))
         with suppress(OSError):  # a cache that cannot be written only costs time
             folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(result))
+            file.write_text(str(result))
         return result
 
 
@@ -190,16 +198,15 @@ def check_range(task: Task, **limits: tuple[float, float]):
             raise ValueError(f"{task.name}: {option} {getattr(task, option)}: must be between {low} and {high}")
 
 
-def need(module: str):
-    if not importlib.util.find_spec(module):
-        raise ValueError(f"the package {module.replace('_', '-')} is needed for this task; install it with pip")
-
-
 def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
     """Feed the texts to a fresh episode, as far as it goes."""
     episode = task.episode(problem)
     any(episode.act(text) for text in turns)
     return episode.outcome()
+
+
+def write_answer(answer: str, thought: str = "") -> str:
+    return f"<think> {thought} </think> " * bool(thought) + f"<answer> {answer} </answer>"
 
 
 def write_grid(cells: Sequence[str]) -> str:
@@ -250,13 +257,12 @@ class Synthetic(Task):
         self.words = "Find the treasures of China.".split() + sorted({name for path in self.paths for name in path})
 
     @cached_property
-    def children(self) -> dict[tuple, list[tuple]]:
+    def children(self) -> dict[tuple, dict[tuple, None]]:
         """The tree of divisions: for every beginning of a path its children, in file order."""
         tree = {}
-        for path in self.paths:
-            for depth in range(3):
-                tree.setdefault(path[:depth], {})[path[: depth + 1]] = None
-        return {node: list(children) for node, children in tree.items()}
+        for path, depth in product(self.paths, range(3)):
+            tree.setdefault(path[:depth], {})[path[: depth + 1]] = None
+        return tree
 
     def num_problems(self, split):
         return 1
@@ -266,8 +272,7 @@ class Synthetic(Task):
 
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
-        found = path in self.targets
-        return Outcome(float(found), found, path, True) if path in self.real else NOTHING
+        return judged(path, path in self.targets) if path in self.real else NOTHING
 
     def guess(self, problem, rng):
         return [" ".join(rng.choice(self.paths))]
@@ -282,9 +287,9 @@ class Synthetic(Task):
         while len(chain) < self.chain:
             node = ()
             while len(node) < 3:
-                ranked = enumerate(self.children[node], start=1)
-                weights = [rank**-self.skew * self.fade ** visits[child] for rank, child in ranked]
-                [node] = rng.choices(self.children[node], weights)
+                below = list(self.children[node])
+                weights = [rank**-self.skew * self.fade ** visits[child] for rank, child in enumerate(below, 1)]
+                [node] = rng.choices(below, weights)
             if not visits[node]:
                 visits.update(node[:depth] for depth in (1, 2, 3))
                 chain.append(" ".join(node))
@@ -305,6 +310,10 @@ SUM, PRODUCT = ((ast.Add, ast.Sub), "+-"), ((ast.Mult, ast.Div), "*/")  # an ope
 DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
+def as_pool(numbers: Sequence[int]) -> tuple:
+    return tuple((n, str(n)) for n in numbers)
+
+
 def combinations(numbers: tuple, top: int) -> Iterator[tuple[tuple, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
     for i, j in permutations(range(len(numbers)), 2):
@@ -319,17 +328,18 @@ def combinations(numbers: tuple, top: int) -> Iterator[tuple[tuple, str]]:
 
 def combine_at_random(numbers: Sequence[int], top: int, rng: random.Random) -> tuple[int, str]:
     """(value, text) of random combinations that use up all numbers."""
-    pool = tuple((n, str(n)) for n in numbers)
+    pool = as_pool(numbers)
     while len(pool) > 1:
         pool = rng.choice([shorter for shorter, _ in combinations(pool, top)])
     return pool[0][0], pool[0][1][2:-2]
 
 
-def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict[str, tuple[str, str]]:
-    """Exhaustive search over positive whole values: {first step: one full solution that begins with it, its steps}.
+def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict[str, tuple[str, str] | None]:
+    """Exhaustive search over positive whole values: {first step: one full solution that begins with it and its steps,
+    None if there is none}.
 
-    >>> solve_countdown([3, 5, 7], 56)
-    {'3 + 5 = 8': ('( 3 + 5 ) * 7', '3 + 5 = 8 8 * 7 = 56')}
+    >>> solve_countdown([3, 5], 8)
+    {'3 + 5 = 8': ('3 + 5', '3 + 5 = 8'), '3 * 5 = 15': None, '5 - 3 = 2': None}
     """
 
     def solve(pool, steps):
@@ -338,8 +348,7 @@ def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict
         tries = (solve(shorter, [*steps, step]) for shorter, step in combinations(pool, top))
         return next(filter(None, tries), None)
 
-    pool = tuple((n, str(n)) for n in numbers)
-    return {step: found for shorter, step in combinations(pool, top) if (found := solve(shorter, [step]))}
+    return {step: solve(shorter, [step]) for shorter, step in combinations(as_pool(numbers), top)}
 
 
 def parse_expression(text: str) -> ast.expr | None:
@@ -347,19 +356,18 @@ def parse_expression(text: str) -> ast.expr | None:
     text = " ".join(text.translate(str.maketrans("×÷−", "*/-")).split())
     if len(text) > 256 or not re.fullmatch(r"[0-9+*/() -]+", text):
         return None
-    try:
-        tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
     allowed = (ast.BinOp, ast.Constant, *OPERATORS)  # an operator is a node of its own
-    return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
+    with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = ast.parse(text, mode="eval").body
+        if all(isinstance(node, allowed) for node in ast.walk(tree)):
+            return tree
 
 
 def evaluate(node: ast.expr) -> Fraction:
     """The exact value of a tree from parse_expression; ZeroDivisionError where there is none."""
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)
-    return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+    if isinstance(node, ast.BinOp):
+        return OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+    return Fraction(node.value)
 
 
 def canonical(node: ast.expr) -> str:
@@ -397,8 +405,8 @@ class Countdown(Task):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-        numbers = [str(n) for n in range(1, self.top + 1)]
-        self.words = ["Numbers:", "Target:", "<think>", "</think>", "<answer>", "</answer>", *"+-*/()=", *numbers]
+        numbers = map(str, range(1, self.top + 1))
+        self.words = [*"Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) =".split(), *numbers]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
@@ -420,15 +428,16 @@ class Countdown(Task):
         tree = parse_expression(expression)
         if tree is None or equals and claimed.strip() != str(target):
             return NOTHING
-        used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-        with suppress(ZeroDivisionError):
-            if used == Counter(numbers):
+        used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        if sorted(used) == sorted(numbers):
+            with suppress(ZeroDivisionError):
                 success = evaluate(tree) == target
                 return Outcome(1.0 if success else 0.1, success, canonical(tree), True)
         return NOTHING
 
     def guess(self, problem, rng):
-        return [f"<answer> {combine_at_random(problem.data[0], self.top, rng)[1]} </answer>"]
+        _, expression = combine_at_random(problem.data[0], self.top, rng)
+        return [write_answer(expression)]
 
     def floor(self):
         return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
@@ -436,10 +445,9 @@ class Countdown(Task):
     def demonstrate(self, problem, rng):
         """A solution step by step. Sketches: all first combinations that lead to one, then combinations that do not."""
         solutions = solve_countdown(*problem.data, self.top)
-        firsts = dict.fromkeys(step for _, step in combinations(tuple((n, str(n)) for n in problem.data[0]), self.top))
-        firsts = sorted(firsts, key=lambda first: (first not in solutions, rng.random()))[:8]
-        turn = "<think> {1} </think> <answer> {0} </answer>".format(*solutions[firsts[0]])
-        return Demonstration(problem, [first.split(" =")[0] for first in firsts], [turn])
+        firsts = sorted(solutions, key=lambda first: (not solutions[first], rng.random()))[:8]
+        sketches = [first.split(" =")[0] for first in firsts]
+        return Demonstration(problem, sketches, [write_answer(*solutions[firsts[0]])])
 
 
 # ----------------------------------------------------------------------------- agents on a grid: Sokoban and FrozenLake
@@ -475,8 +483,9 @@ class GridEpisode:
         for action in actions[: self.task.turn_actions]:
             if self.over:
                 break
-            before, moves = self.state, self.task.moves(self.board, self.state, action)
-            self.state = self.rng.choices([after for _, after in moves], [p for p, _ in moves])[0]
+            before = self.state
+            weights, states = zip(*self.task.moves(self.board, before, action), strict=True)
+            [self.state] = self.rng.choices(states, weights)
             self.reward += self.task.reward(self.board, before, self.state)
             self.taken.append(self.task.actions[action])
         self.turns += 1
@@ -511,8 +520,8 @@ class Grid(Task):
     def __post_init__(self):
         check_range(self, max_turns=(1, 100), turn_actions=(1, 100), max_actions=(1, 100), **self.limits)
         self.tiny_tokens = dict(sketch=self.max_actions + 2, solution=2 * self.turn_actions + 4)
-        numbers = [str(n) for n in range(self.max_actions + 1)]
-        self.words = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}".split() + numbers
+        fixed = f"<answer> </answer> || actions left Invalid answer. {self.vocabulary}"
+        self.words = [*fixed.split(), *map(str, range(self.max_actions + 1))]
         form = f"Each turn give 1 to {self.turn_actions} of the actions {', '.join(self.actions)}, separated by ||, as"
         self.answer_hint = f"{self.rules} {form} <think> ... </think> <answer> Right || Down </answer>."
 
@@ -544,7 +553,7 @@ class Grid(Task):
         return [] if None in found else found
 
     def write_actions(self, actions: Sequence[int]) -> str:
-        return f"<answer> {' || '.join(self.actions[action] for action in actions)} </answer>"
+        return write_answer(" || ".join(self.actions[action] for action in actions))
 
     def plan(self, board: str, state: Hashable, rng: random.Random) -> list[int]:
         """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
@@ -560,7 +569,7 @@ class Grid(Task):
                     frontier.append((after, [*path, action]))
         return []
 
-    def value(self, board: str, pick: Callable[[list[float]], float]) -> Callable[[Hashable, int], float]:
+    def value(self, board: str, pick: Callable) -> Callable:
         """v(state, n): the exact chance of success within n actions; with pick = max the best policy's, with
         pick = fmean that of a uniformly random one."""
 
@@ -622,7 +631,7 @@ class Sokoban(Grid):
 
     def room(self, rng):
         """A random walk digs the room, so it is connected."""
-        inside = {r * self.size + c for r in range(1, self.size - 1) for c in range(1, self.size - 1)}
+        inside = {r * self.size + c for r, c in product(range(1, self.size - 1), repeat=2)}
         room = {cell := rng.choice(sorted(inside))}
         while len(room) < max(2 * self.boxes + 1, round((1 - self.density) * len(inside))):
             if (to := self.beside(cell, rng.randrange(4))) in inside:
@@ -693,8 +702,8 @@ class FrozenLake(Grid):
         return state if to is None or self.ended(board, state) is not None else to
 
     def moves(self, board, state, action):
-        sides = [(action + turn) % 4 for turn in ((-1, 0, 1) if self.slippery else (0,))]
-        return [(1 / len(sides), self.move(board, state, side)) for side in sides]
+        turns = (-1, 0, 1) if self.slippery else (0,)
+        return [(1 / len(turns), self.move(board, state, (action + turn) % 4)) for turn in turns]
 
     def ended(self, board, state):
         return {"G": True, "O": False}.get(board[state])
@@ -713,10 +722,10 @@ class FrozenLake(Grid):
 
 
 @cache
-def sudoku_peers(size: int) -> list[Callable[[Sequence[int]], tuple[int, ...]]]:
+def sudoku_peers(size: int) -> list[itemgetter]:
     """For each cell the function that takes the other cells of its row, its column and its box out of a grid."""
     box = isqrt(size)
-    places = [(row, col, (row // box, col // box)) for row in range(size) for col in range(size)]
+    places = [(row, col, (row // box, col // box)) for row, col in product(range(size), repeat=2)]
     return [itemgetter(*(b for b, q in enumerate(places) if p != q and any(map(eq, p, q)))) for p in places]
 
 
@@ -764,8 +773,8 @@ class Sudoku(Task):
         check_range(self, blanks=(1, 5 * self.size**2 // 8))
         self.tiny_tokens = dict(sketch=min(self.blanks, 8) + 1, solution=self.size**2 + 2 * self.blanks + 5)
         self.numbers = "123456789"[: self.size]
-        self.cells = [f"r{row}c{column}" for row in self.numbers for column in self.numbers]
-        self.words = ["<think>", "</think>", "<answer>", "</answer>", "_", *self.numbers, *self.cells]
+        self.cells = [f"r{row}c{column}" for row, column in product(self.numbers, repeat=2)]
+        self.words = [*"<think> </think> <answer> </answer> _".split(), *self.numbers, *self.cells]
 
     def write(self, grid: Sequence[int]) -> str:
         return write_grid([str(number or "_") for number in grid])
@@ -786,12 +795,11 @@ class Sudoku(Task):
         digits = re.sub(r"[\s|+-]+", "", extract_answer(text) or "")
         givens = [str(number) if number else self.numbers for number in data[0]]
         fits = len(digits) == len(givens) and all(map(contains, givens, digits))
-        success = digits == "".join(map(str, data[1]))
-        return Outcome(float(success), success, digits, True) if fits else NOTHING
+        return judged(digits, digits == "".join(map(str, data[1]))) if fits else NOTHING
 
     def guess(self, problem, rng):
         filled = [number or rng.randint(1, self.size) for number in problem.data[0]]
-        return [f"<answer> {self.write(filled)} </answer>"]
+        return [write_answer(self.write(filled))]
 
     def floor(self):
         return self.size**-self.blanks
@@ -809,7 +817,7 @@ class Sudoku(Task):
         orders = [self.order(problem, rng) for _ in range(6)]
         sketches = dict.fromkeys(" ".join(self.cells[cell] for cell in order[:8]) for order in orders)
         steps = " ".join(f"{self.cells[cell]} {problem.data[1][cell]}" for cell in orders[0])
-        turn = f"<think> {steps} </think> <answer> {self.write(problem.data[1])} </answer>"
+        turn = write_answer(self.write(problem.data[1]), steps)
         return Demonstration(problem, list(sketches), [turn])
 
 
@@ -825,14 +833,12 @@ class Record(NamedTuple):
 def read_rows(source: str) -> Iterator[Any]:
     """The lines of a JSONL file, or the rows of a parquet file or of a hub data set, owner/name[:config[:split]]."""
     if source.endswith(".parquet"):
-        need("pyarrow")
         from pyarrow.parquet import read_table
 
         yield from read_table(source).to_pylist()
     elif Path(source).exists() or source.endswith((".json", ".jsonl")):
-        yield from (line.strip() for line in Path(source).read_text(encoding="utf-8-sig").split("\n"))
+        yield from map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
     else:
-        need("datasets")
         from datasets import load_dataset
 
         name, config, split = (source.split(":") + ["", ""])[:3]
@@ -924,7 +930,7 @@ class Records(Task):
             self.name = f"jsonl-{Path(self.train).stem}"
         else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
-            need("math_verify")
+            importlib.import_module("math_verify")
         every, held_out = read_records(self.train), read_records(self.validation) if self.validation else []
         asked = {r.question for r in held_out} or {r.question for r in every if share_of(r.question) < 0.1}
         self.records = {"train": [r for r in every if r.question not in asked]}
@@ -954,13 +960,13 @@ class Records(Task):
             (key, number), (right, right_number) = plain_math(answer), plain_math(data.answer)
             unsure = key != "" and not (number and right_number)
             success = key == right or unsure and self.judge.ask(data.answer, answer) == 1
-        return Outcome(float(success), success, key, True) if key else NOTHING
+        return judged(key, success) if key else NOTHING
 
     def demonstrate(self, problem, rng):
         """The approach is the first sentence of the worked solution, where there is one."""
         _, answer, worked = problem.data
         thought = f"<think> {worked} </think> " if worked else ""
-        final = f"<answer> {answer} </answer>" if self.exact else f"\\boxed{{ {answer} }}"
+        final = write_answer(answer) if self.exact else f"\\boxed{{ {answer} }}"
         sketch = " ".join(re.split(r"\. |\n", worked)[0].split()[:15]) or "answer directly"
         return Demonstration(problem, [sketch], [thought + final])
 
@@ -979,7 +985,7 @@ class Judge:
     hundredths, is the exit code.
     """
 
-    TIME_LIMIT, MEMORY_LIMIT, START_LIMIT = 1.5, 4 << 30, 60.0  # seconds, bytes, seconds
+    TIME_LIMIT, MEMORY_LIMIT, START_LIMIT = 1.5, 4 << 30, 60  # seconds, bytes, seconds
 
     def __init__(self, *setup: str):
         self.setup, self.process = setup, None
@@ -987,12 +993,11 @@ class Judge:
     def ask(self, *question: Any) -> float:
         """The score of a question, 0 if it was not found in time."""
         if self.process is None:  # started when first needed
-            self.process = Popen([sys.executable, __file__, *self.setup], stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+            command = [sys.executable, __file__, *self.setup]
+            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
         with suppress(OSError, ValueError):
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            self.process.stdin.flush()
-            if select.select([self.process.stdout], [], [], self.START_LIMIT)[0]:
-                return int(self.process.stdout.readline()) / 100
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+            return int(self.process.stdout.readline()) / 100
         self.process.kill()
         self.process = None
         return 0.0
@@ -1003,8 +1008,10 @@ def serve_judge(*setup: str):
     import resource
 
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
+    os.dup2(2, 1)  # libraries may print
+    signal.alarm(Judge.START_LIMIT)
     judge = load_judge(*setup)
+    signal.alarm(0)
     for line in sys.stdin:
         if not (child := os.fork()):
             try:
@@ -1018,24 +1025,22 @@ def serve_judge(*setup: str):
 
 def load_judge(library: str, *config: str) -> Callable[..., float]:
     if library == "gym":
-        dataset = load_gym(*config)
+        from reasoning_gym import create_dataset
+
+        name, options = config
+        dataset = create_dataset(name, **json.loads(options))
         return lambda index, answer: dataset.score_answer(answer, dataset[index])
     from math_verify import LatexExtractionConfig, parse, verify
 
-    def equivalent(right, answer):
-        # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
-        options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-        sides = [parse(f"${text.replace('$', '')}$", **options) for text in (right, answer)]
+    # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
+    options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+
+    def equivalent(*answers):
+        sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
         return float(all(sides) and verify(*sides, timeout_seconds=None))
 
     equivalent("\\frac{1}{2}", "0.5")  # fills the caches of the parser before the first fork
     return equivalent
-
-
-def load_gym(name: str, config: str) -> Any:
-    from reasoning_gym import create_dataset
-
-    return create_dataset(name, seed=0, size=GYM_PROBLEMS, **json.loads(config))
 
 
 def executes_text(cls: type) -> str | None:
@@ -1061,22 +1066,23 @@ class Gym(Task):
 
     def __post_init__(self):
         self.name = f"gym-{self.source}"
-        need("reasoning_gym")
-        from reasoning_gym.factory import DATASETS
+        from reasoning_gym.factory import DATASETS, create_dataset
 
         if self.source not in DATASETS:
             raise ValueError(f"task gym:{self.source}: must be one of gym: {', '.join(sorted(DATASETS))}")
         cls, config_cls = DATASETS[self.source]
         if reason := executes_text(cls):
             raise ValueError(f"task gym:{self.source}: refused, for its code may run text as a program ({reason})")
-        setup = self.source, json.dumps(check_options(f"gym:{self.source}", config_cls, self.config, {"seed", "size"}))
+        options = check_options(f"gym:{self.source}", config_cls, self.config)
+        options = dict(seed=0, size=GYM_PROBLEMS) | options
+        self.judge = Judge("gym", self.source, json.dumps(options))
         try:
-            self.dataset, self.judge = load_gym(*setup), Judge("gym", *setup)
+            self.dataset = create_dataset(self.source, **options)
         except Exception as error:  # its data sets assert, or raise what they like
-            raise ValueError(f"task gym:{self.source} with {setup[1]}: {error}") from None
+            raise ValueError(f"task gym:{self.source} with {options}: {error}") from None
 
     def draw(self, rng, keep):
-        index = rng.randrange(GYM_PROBLEMS)
+        index = rng.randrange(len(self.dataset))
         entry = self.dataset[index]
         return (entry["question"], (index, entry["answer"])) if keep(entry["question"]) else None
 
@@ -1089,7 +1095,7 @@ class Gym(Task):
 
     def demonstrate(self, problem, rng):
         """The reference answer; a few data sets have none, and no demonstration of theirs succeeds."""
-        return Demonstration(problem, ["answer directly"], [f"<answer> {problem.data[1]} </answer>"])
+        return Demonstration(problem, ["answer directly"], [write_answer(problem.data[1])])
 
 
 # ---------------------------------------------------------------------------------------------------------- make a task
@@ -1105,57 +1111,56 @@ def make_task(name: str, **options) -> Task:
     'Numbers:'
     """
     kind, _, source = name.rpartition(":") if re.search(r"\.py:\w+$", name) else name.partition(":")
-    if kind == "gym" and source:
-        return Gym(source, options)
-    if kind == "jsonl" and source:
-        cls, options = Records, {"train": source, "validation": "", "exact": True, **options}
-    elif kind.endswith(".py"):
-        cls = load_class(kind, source)
-    elif name in TASKS:
-        cls = TASKS[name]
-    else:
-        rule = f"must be one of {', '.join(TASKS)}, jsonl:<path>, gym:<data set>, path/to/file.py:ClassName"
-        raise ValueError(f"task {name!r}: {rule}")
-    return cls(**check_options(name, cls, options))
+    try:
+        if kind == "gym" and source:
+            return Gym(source, options)
+        if kind == "jsonl" and source:
+            cls, options = Records, dict(train=source, validation="", exact=True) | options
+        elif kind.endswith(".py"):
+            cls = load_class(kind, source)
+        elif name in TASKS:
+            cls = TASKS[name]
+        else:
+            names = f"{', '.join(TASKS)}, jsonl:<path>, gym:<data set>, path/to/file.py:ClassName"
+            raise ValueError(f"task {name!r}: must be one of {names}")
+        return cls(**check_options(name, cls, options))
+    except ImportError as error:
+        raise ValueError(f"task {name!r}: {error}; install it with pip") from None
 
 
 def load_class(path: str, name: str) -> type:
     """A task of the user's own."""
-    if not Path(path).is_file():
-        raise ValueError(f"task {path}:{name}: there is no such file; give path/to/file.py:ClassName")
-    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise ValueError(f"task {path}:{name}: the file defines no class {name!r}")
-    return getattr(module, name)
+    if Path(path).is_file():
+        spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"task {path}:{name}: there is no such file or no such class in it")
 
 
-def check_options(name: str, cls: Callable, options: dict[str, Any], hidden: Set[str] = frozenset()) -> dict[str, Any]:
+def check_options(name: str, cls: Callable, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a task by the signature of its class; a command line's text becomes the type of the default."""
-    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.name not in hidden}
-    checked = dict(options)
+    parameters, checked = inspect.signature(cls).parameters, dict(options)
     for option, value in options.items():
-        if option not in defaults:
-            raise ValueError(f"task {name!r} has no option {option!r}: it has {', '.join(defaults) or 'none'}")
-        kind = type(defaults[option])
+        if option not in parameters:
+            raise ValueError(f"task {name!r} has no option {option!r}: it has {', '.join(parameters) or 'none'}")
+        kind = type(parameters[option].default)
         if isinstance(value, str) and kind in (bool, int, float):
             try:
-                checked[option] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+                checked[option] = dict(true=True, false=False)[value.lower()] if kind is bool else kind(value)
             except (ValueError, KeyError):
                 raise ValueError(f"task {name!r}, option {option}={value!r}: must be {kind.__name__}") from None
     return checked
 
 
 def show(task: Task, n: int = 3, seed: int = 0) -> None:
-    """Print n problems, each with a demonstration and a wrong answer, and what they earn."""
-    rng = random.Random(seed)
-    problems = task.problems("train", seed)
+    """Print n problems, each with a demonstration and a random guess, and what they earn."""
+    rng, problems = random.Random(seed), task.problems("train", seed)
     for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
         print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
-        guesses = (task.guess(problem, rng) or ["<answer> I do not know </answer>"] for _ in range(100))
-        wrong = next((guess for guess in guesses if not play(task, problem, guess).success), [""])
-        for kind, texts in ("demonstration", turns or sketches[:1]), ("a wrong answer", wrong):
+        guess = task.guess(problem, rng) or ["<answer> I do not know </answer>"]
+        for kind, texts in ("demonstration", turns or sketches[:1]), ("a guess", guess):
             print(f"{kind}: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
 
 

@@ -21,14 +21,8 @@ from tasks import NOTHING, Outcome, Problem, Record, make_task, play
 
 ROOT = Path(__file__).parent.parent
 GENERATED = [
-    ("countdown", {}),
-    ("countdown", {"difficulty": "easy"}),
-    ("countdown", {"difficulty": "hard"}),
-    ("sokoban", {}),
-    ("sokoban", {"boxes": 2}),
-    ("frozenlake", {}),
-    ("frozenlake", {"slippery": False}),
-    ("sudoku", {}),
+    ("countdown", {}), ("countdown", {"difficulty": "easy"}), ("countdown", {"difficulty": "hard"}), ("sokoban", {}),
+    ("sokoban", {"boxes": 2}), ("frozenlake", {}), ("frozenlake", {"slippery": False}), ("sudoku", {}),
     ("sudoku", {"size": 9}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in GENERATED]
@@ -89,21 +83,12 @@ def test_train_and_validation_share_no_problem(name, options):
     assert train.isdisjoint(canonical(p) for seed in (0, 1) for p in first(task, n, "validation", seed))
 
 
+@pytest.mark.parametrize("share", [0.1, pytest.param(1, marks=pytest.mark.slow)])
 @every_generated
-def test_generation_is_fast(name, options):
-    task = make_task(name, **options)
-    limit, n = (30, 60) if name == "sokoban" or options.get("size") == 9 else (5, 500)
+def test_1000_problems_are_made_in_5_seconds_or_30(name, options, share):
     start = time.process_time()
-    first(task, n)
-    assert (time.process_time() - start) * 1000 / n < limit
-
-
-@pytest.mark.slow
-@every_generated
-def test_generation_of_1000_problems_is_fast(name, options):
-    start = time.process_time()
-    first(make_task(name, **options), 1000)
-    assert time.process_time() - start < (30 if name == "sokoban" or options.get("size") == 9 else 5)
+    first(make_task(name, **options), int(1000 * share))
+    assert time.process_time() - start < share * (30 if name == "sokoban" or options.get("size") == 9 else 5)
 
 
 @every_generated
@@ -138,14 +123,14 @@ def test_solver_demonstrations_that_always_fail_end_in_an_error():
         next(task.demonstrations(random.Random(0)))
 
 
-def test_show_prints_problems_demonstrations_and_wrong_answers(capsys, tmp_path):
+def test_show_prints_problems_demonstrations_and_guesses(capsys, tmp_path):
     jsonl = f"jsonl:{write_jsonl(tmp_path / 'r.jsonl', RECORDS)}"
     for name in "synthetic", "countdown", "sokoban", "frozenlake", "sudoku", jsonl:
         task = make_task(name)
         tasks.show(task, 2)
         printed = capsys.readouterr().out
-        assert printed.count("a wrong answer:") == printed.count("demonstration:") == 2
-        assert task.problems("train", 0)[0].text in printed and "success=False" in printed
+        assert printed.count("a guess:") == printed.count("demonstration:") == 2
+        assert task.problems("train", 0)[0].text in printed and printed.count("Outcome(") == 4
 
 
 # ----------------------------------------------------------------------------------------------------- hostile strings
@@ -155,87 +140,14 @@ def hostile(flag: Path) -> list[str]:
     """Strings made to fool, crash or stall a verifier; the code in them would create the file `flag`."""
     code = f"__import__('pathlib').Path({str(flag)!r}).touch()"
     inner = [
-        *(
-            "",
-            " ",
-            "\0",
-            "\ud800",
-            "½ + ¼",
-            "１２ + ３",
-            "٣ + ٤",
-            "1 ⁄ 2",
-            "3 ＋ 5",
-            "Ⅷ",
-            "1e999999999",
-            "nan",
-            "0x10",
-            "1_0",
-        ),
-        *(
-            "9**9**9**9",
-            "9^{9^{9^{9}}}",
-            "1/0",
-            "8/(3-3)",
-            "--1",
-            "+1",
-            "3 5",
-            "3(5)",
-            "3//5",
-            "3 % 5",
-            "007",
-            "1." * 999,
-        ),
-        *(
-            "(" * 3000,
-            ")" * 3000,
-            "(" * 3000 + "1" + ")" * 3000,
-            "-" * 4000 + "1",
-            "1" + "+1" * 2000,
-            "[" * 999,
-            "{" * 999,
-        ),
-        *(
-            "9" * 4096,
-            "9" * 4097,
-            "9" * 4096 + "x",
-            "1" + ",111" * 1000,
-            "\\frac{" * 600,
-            "\\text{" * 600,
-            "\\sqrt{" * 600,
-        ),
-        *(
-            code,
-            f"[{code}]",
-            f"eval({code!r})",
-            f"{{{code}}}",
-            f"lambda: {code}",
-            f"@{code}",
-            f"`touch {flag}`",
-            f"$({code})",
-        ),
-        *(
-            "Up ||" * 800,
-            "|| || ||",
-            "Up | Left",
-            "UP||left",
-            "Up\nLeft",
-            "Up || Sideways",
-            "Up || ",
-            "r1c1 4",
-            "_ " * 81,
-        ),
-        *(
-            "1 2 3 4 " * 4,
-            "1" * 16,
-            "1" * 81,
-            "0" * 81,
-            "¹" * 16,
-            "<answer>",
-            "</answer>",
-            "</think>",
-            "None",
-            "#### 4",
-        ),
+        "", " ", "\0", "\ud800", "½ + ¼", "１２ + ３", "٣ + ٤", "1 ⁄ 2", "3 ＋ 5", "Ⅷ", "1e999999999", "nan", "0x10",
+        "1_0", "9**9**9**9", "9^{9^{9^{9}}}", "1/0", "8/(3-3)", "--1", "+1", "3 5", "3(5)", "3//5", "3 % 5", "007",
+        "1." * 999, "(" * 3000, ")" * 3000, "(" * 3000 + "1" + ")" * 3000, "-" * 4000 + "1", "1" + "+1" * 2000,
+        "[" * 999, "{" * 999, "9" * 4096, "9" * 4097, "9" * 4096 + "x", "1" + ",111" * 1000, "\\frac{" * 600,
+        "\\text{" * 600, "\\sqrt{" * 600, code, f"[{code}]", f"eval({code!r})", f"{{{code}}}", f"lambda: {code}",
+        f"@{code}", f"`touch {flag}`", f"$({code})", "Up ||" * 800, "|| || ||", "Up | Left", "UP||left",
+        "Up\nLeft", "Up || Sideways", "Up || ", "r1c1 4", "_ " * 81, "1 2 3 4 " * 4, "1" * 16, "1" * 81, "0" * 81,
+        "¹" * 16, "<answer>", "</answer>", "</think>", "None", "#### 4",
     ]
     outer = ["<answer>{}</answer>", "<answer>{}", "{}</answer>", "\\boxed{{{}}}", "\\boxed{{{}", "#### {}", "{}"]
     outer += ["</answer>{}<answer>", "<answer><answer>{}</answer></answer>", "<answer>1</answer><answer>{}</answer>"]
@@ -399,8 +311,8 @@ def test_countdown_agrees_with_exhaustive_search(difficulty):
         values = reachable(tuple(map(Fraction, numbers)))
         assert target in values
         solutions = tasks.solve_countdown(numbers, target, task.top)
-        assert solutions
-        for start, (expression, steps) in solutions.items():
+        assert any(solutions.values())
+        for start, (expression, steps) in ((start, found) for start, found in solutions.items() if found):
             assert task.score(problem.data, f"<answer>{expression}</answer>").success
             sides = [side.split() for side in steps.split(" = ")]  # a + b, value c * d, ..., target
             parts = [" ".join(side[-3:]) for side in sides[:-1]]
@@ -409,7 +321,7 @@ def test_countdown_agrees_with_exhaustive_search(difficulty):
             assert steps.startswith(start) and values_of_steps[-1] == target
             assert len(parts) == len(numbers) - 1 and max(values_of_steps) <= task.top
         impossible = next(n for n in range(1, 10**6) if n not in values)
-        assert tasks.solve_countdown(numbers, impossible) == {}
+        assert not any(tasks.solve_countdown(numbers, impossible).values())
         for _ in range(20):
             tree, value = random_tree([Fraction(n) for n in numbers], rng)
             outcome = task.score(problem.data, f"<answer>{tree}</answer>")
@@ -438,25 +350,10 @@ def random_tree(numbers, rng):
 @pytest.mark.parametrize(
     "answer, reward",
     [
-        ("( 3 + 5 ) * 7", 1.0),
-        ("(3+5)*7=56", 1.0),
-        ("(3+5)×7 = 56", 1.0),
-        ("7*(5+3) = 57", 0.0),
-        ("(3+5)*7 = 8*7 = 56", 0.0),
-        ("3+5*7", 0.1),
-        ("3*7/5", 0.1),
-        ("(3+5)*7*1", 0.0),
-        ("(3+5)*(7)", 1.0),
-        ("3+5", 0.0),
-        ("(3+3)*7", 0.0),
-        ("35 + 7", 0.0),
-        ("3 5 + 7", 0.0),
-        ("-(3+5)*-7", 0.0),
-        ("3**5*7", 0.0),
-        ("3//5*7", 0.0),
-        ("5 * 7 / (3 - 3)", 0.0),
-        ("3.0+5+7", 0.0),
-        ("", 0.0),
+        ("( 3 + 5 ) * 7", 1.0), ("(3+5)*7=56", 1.0), ("(3+5)×7 = 56", 1.0), ("7*(5+3) = 57", 0.0),
+        ("(3+5)*7 = 8*7 = 56", 0.0), ("3+5*7", 0.1), ("3*7/5", 0.1), ("(3+5)*7*1", 0.0), ("(3+5)*(7)", 1.0),
+        ("3+5", 0.0), ("(3+3)*7", 0.0), ("35 + 7", 0.0), ("3 5 + 7", 0.0), ("-(3+5)*-7", 0.0), ("3**5*7", 0.0),
+        ("3//5*7", 0.0), ("5 * 7 / (3 - 3)", 0.0), ("3.0+5+7", 0.0), ("", 0.0),
     ],
 )
 def test_countdown_rewards(answer, reward):
@@ -464,10 +361,7 @@ def test_countdown_rewards(answer, reward):
     assert score(((3, 5, 7), 56), f"<think>so</think><answer>{answer}</answer>").reward == reward
     assert score(((3, 5, 7), 56), f"<answer>3+5+7</answer> no: <answer>{answer}</answer>").reward == reward
     assert score(((3, 5, 7), 56), answer) == NOTHING  # without the tags
-
-
-def test_countdown_divides_by_zero_without_an_exception():
-    assert make_task("countdown").score(((3, 3, 7), 1), "<answer>7/(3-3)</answer>") == NOTHING
+    assert score(((3, 3, 7), 1), "<answer>7/(3-3)</answer>") == NOTHING  # the right numbers, no value, no exception
 
 
 def test_countdown_keys_are_equal_for_equal_expressions():
@@ -577,10 +471,7 @@ def test_turns_of_an_agent():
     assert play(task, room(), ["<answer> Right </answer>", "<answer> Right </answer>"]) == right
     # a turn without an answer, or with one unknown action, does nothing, costs 0.1 and a turn
     for bad in (
-        "Right || Right",
-        "<answer> Right || Jump </answer>",
-        "<answer></answer>",
-        "<answer> Right Right </answer>",
+        "Right || Right", "<answer> Right || Jump </answer>", "<answer></answer>", "<answer> Right Right </answer>",
     ):
         outcome = play(task, room(), [bad, "<answer> Right || Right </answer>"])
         assert outcome == Outcome(10.7, True, "Right Right", False)
@@ -763,12 +654,7 @@ def test_a_validation_file_is_kept_apart(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "{",
-        "[]",
-        "5",
-        '{"question": "q"}',
-        '{"answer": "a"}',
-        '{"question": 1, "answer": "a"}',
+        "{", "[]", "5", '{"question": "q"}', '{"answer": "a"}', '{"question": 1, "answer": "a"}',
         '{"question": "q", "answer": null}',
     ]
     + ['{"question": "q", "answer": true}', '{"question": "q", "answer": ["a"]}', "[" * 5000, "nonsense"],
@@ -826,30 +712,18 @@ def equivalent_pairs() -> list[tuple[str, str]]:
         (f"\\frac{{{n}}}{{4}}", form) for n in (1, 3, 5) for form in (str(n / 4), f"{n}/4", f"\\dfrac{{{n * 2}}}{{8}}")
     ]
     pairs += [
-        ("1,234", "1234"),
-        ("12\\text{ cm}", "12"),
-        ("(1, 2)", "\\left(1,2\\right)"),
-        ("90^\\circ", "90"),
+        ("1,234", "1234"), ("12\\text{ cm}", "12"), ("(1, 2)", "\\left(1,2\\right)"), ("90^\\circ", "90"),
         ("50\\%", "50"),
     ]
     pairs += [
-        ("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"),
-        ("2^{10}", "1024"),
-        ("e^{2\\ln 3}", "9"),
-        ("\\sin^2 x + \\cos^2 x", "1"),
+        ("\\{1, 2, 3\\}", "\\{3, 1, 2\\}"), ("2^{10}", "1024"), ("e^{2\\ln 3}", "9"), ("\\sin^2 x + \\cos^2 x", "1"),
     ]
     pairs += [
-        ("x^2 - 1", "(x-1)(x+1)"),
-        ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"),
+        ("x^2 - 1", "(x-1)(x+1)"), ("\\frac{x+1}{2}", "\\frac{x}{2}+\\frac{1}{2}"),
         ("-\\frac{1}{3}", "\\frac{-1}{3}"),
     ]
     pairs += [
-        ("[0, 1)", "[0,1)"),
-        ("0.5", ".5"),
-        ("\\frac12", "0.5"),
-        ("a+b", "b+a"),
-        ("2(a+b)", "2a+2b"),
-        ("7.", "7"),
+        ("[0, 1)", "[0,1)"), ("0.5", ".5"), ("\\frac12", "0.5"), ("a+b", "b+a"), ("2(a+b)", "2a+2b"), ("7.", "7"),
         ("-0", "0"),
     ]
     return pairs
@@ -862,19 +736,10 @@ def test_math_agrees_with_200_pairs_of_answers(math_task):
         (f"\\frac{{1}}{{{n}}}", f"\\frac{{1}}{{{n + 1}}}") for n in range(2, 12)
     ]
     different += [
-        ("x+1", "x+2"),
-        ("\\sqrt{2}", "\\sqrt{3}"),
-        ("(1, 2)", "(2, 1)"),
-        ("[0, 1)", "(0, 1]"),
-        ("a+b", "a-b"),
+        ("x+1", "x+2"), ("\\sqrt{2}", "\\sqrt{3}"), ("(1, 2)", "(2, 1)"), ("[0, 1)", "(0, 1]"), ("a+b", "a-b"),
     ]
     different += [
-        ("\\pi", "3.14"),
-        ("1/3", "0.33"),
-        ("\\{1, 2\\}", "\\{1, 3\\}"),
-        ("x^2", "x^3"),
-        ("12", "twelve"),
-        ("7", ""),
+        ("\\pi", "3.14"), ("1/3", "0.33"), ("\\{1, 2\\}", "\\{1, 3\\}"), ("x^2", "x^3"), ("12", "twelve"), ("7", ""),
     ]
     assert len(same) >= 100 and len(different) >= 100
 
@@ -934,8 +799,7 @@ def test_reasoning_gym_takes_equivalent_answers_and_options(capsys):
     assert task.judge.ask(problem.data[0], problem.data[1]) == 1.0
     task.judge.process.kill()
     for options, text in (
-        ({"nonsense": 1}, "has no option 'nonsense'"),
-        ({"min_value": "x"}, "must be int"),
+        ({"nonsense": 1}, "has no option 'nonsense'"), ({"min_value": "x"}, "must be int"),
         ({"min_value": -5}, "with"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -1026,5 +890,5 @@ def test_a_task_of_your_own(tmp_path):
     for problem, sketches, turns in islice(task.demonstrations(random.Random(0)), 20):
         assert play(task, problem, turns).success and not play(task, problem, ["<answer> a </answer>"]).valid
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
-    with pytest.raises(ValueError, match="the file defines no class 'Missing'"):
+    with pytest.raises(ValueError, match="Missing: there is no such file or no such class in it"):
         make_task(f"{file}:Missing")
