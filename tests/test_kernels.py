@@ -478,8 +478,8 @@ def test_linear_path_under_shifts(shift, impl):
         weight[:, 1:] *= 4
     stats = linear_token_stats(hidden, weight, targets, *ref, chunk_size=9, impl=impl)
     x, y = (t.detach() @ u.detach().t() for t, u in ((hidden, weight), ref))
-    # the fp32 product rounds logits of 200 to 1.5e-5, which no later step can undo: compare on its result
-    assert worst(stats, oracle(x, targets, y)[0]) < 3e-5
+    # fp32 rounds logits of 200 to 1.5e-5, and a product of 9 rows may do it otherwise than one of 20
+    assert worst(stats, oracle(x, targets, y)[0]) < 6e-5
 
 
 def test_the_loss_does_not_depend_on_the_chunk(impl):
@@ -742,7 +742,7 @@ def test_a_wrong_id_that_nobody_checked_gives_nan(impl):
     """On a GPU the check would wait for the device, so the kernels themselves must not return a number."""
     x, y, targets = make_rows(4, 1100)
     targets[2] = 1100
-    stats, _ = kernels._rows(kernels._Options(1.0, 0.0, impl, 1))[0](x, y, targets, kernels._Options(1.0, 0.0, impl, 1))
+    stats, _ = kernels._forward(x, y, targets, kernels._Options(1.0, 0.0, impl, 1))
     assert stats.logp[2].isnan() and not stats.logp[[0, 1, 3]].isnan().any()
 
 
