@@ -144,7 +144,9 @@ class Sampler:
         self._head = self._twin.get_output_embeddings()
         self._vocab = len(self._head.weight)
         self._scale, self._softcap = output_scaling(model.config)
-        self.max_positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        window = getattr(model.config, "sliding_window", None) or math.inf  # up to there a window hides nothing
+        self.max_positions, self._limit = min((positions, "positions"), (window, "tokens in its sliding window"))
         self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._busy: set[int] = set()  # rows in a running batch
@@ -462,7 +464,7 @@ class Sampler:
         if length + new > self.max_positions:
             raise ValueError(
                 f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
-                f"{self.max_positions} positions; shorten the prompt or max_new_tokens"
+                f"{self.max_positions} {self._limit}; shorten the prompt or max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -487,7 +489,7 @@ class Sampler:
                 return
         raise ValueError(
             f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
-            "the sampler supports full attention with rotary or learnt positions, and finite weights"
+            "the sampler supports full attention (or a window above 10), rotary or learnt positions, finite weights"
         )
 
 
@@ -952,8 +954,8 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the module tree over the same weights (in-place updates are seen), in eval mode."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be full")
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be attention")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no position_ids: rows of different lengths cannot be packed")
     if model.get_output_embeddings() is None:
@@ -964,9 +966,11 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
 
 def _tree_attention(module, query, key, value, attention_mask, scaling=None, tree: _Forward = None, **kwargs):
     """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
-    unknown = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
+    unknown = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
+    if tree is None:
+        raise ValueError(f"{type(module).__name__} hands no arguments on to its attention: not supported")
     query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
     return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
 

@@ -585,7 +585,7 @@ def qwen2_sliding():
 
 @pytest.mark.parametrize(
     "make, message",
-    [(bloom, "position_ids"), (mistral, "sliding"), (qwen2_sliding, "sliding")],
+    [(bloom, "position_ids"), (mistral, "window above"), (qwen2_sliding, "window above")],
 )
 def test_models_that_we_would_get_wrong_are_refused(make, message):
     torch.manual_seed(0)
@@ -608,6 +608,15 @@ def test_the_loss_sees_the_distribution_that_was_sampled(kind):
     weight, targets = model.get_output_embeddings().weight.detach(), torch.tensor(out.ids)
     stats = linear_token_stats(states, weight, targets, temperature=0.7 / scale, softcap=softcap / scale)
     torch.testing.assert_close(torch.tensor(out.logps), stats.logp, rtol=0, atol=1e-5)
+
+
+def test_rows_may_be_as_long_as_the_window():
+    torch.manual_seed(0)
+    sampler = Sampler(MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=12)), [])
+    rows = sampler.prefill([[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="12 tokens in its sliding window"):
+        sampler.sample(rows, SamplingParams(max_new_tokens=9), [0])
+    assert len(sampler.sample(rows, SamplingParams(max_new_tokens=8), [0])[0].ids) == 8
 
 
 # ---------------------------------------------------------------------------------------------------- errors
