@@ -30,6 +30,7 @@ weights, release all rows: what is cached belongs to the old weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import heapq
 import inspect
@@ -130,16 +131,10 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        stop_ids: Iterable[int],
-        pad_id: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
-        max_rows: int = 256,
-        memory_gb: float | None = None,
-        max_forward_tokens: int = 4096,
-        share_from: int = 33,
-    ):
+        self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
+        decode: Callable[[list[int]], str] | None = None, max_rows: int = 256,
+        memory_gb: float | None = None, max_forward_tokens: int = 4096, share_from: int = 33,
+    ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
         self.stop_ids, self.decode = frozenset(stop_ids), decode
@@ -148,8 +143,10 @@ class Sampler:
         self._twin = _make_twin(model)
         self._head = self._twin.get_output_embeddings()
         self._vocab = len(self._head.weight)
-        self._softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
-        self.max_positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self._scale, self._softcap = output_scaling(model.config)
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        window = getattr(model.config, "sliding_window", None) or math.inf  # up to there a window hides nothing
+        self.max_positions, self._limit = min((positions, "positions"), (window, "tokens in its sliding window"))
         self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._busy: set[int] = set()  # rows in a running batch
@@ -184,7 +181,8 @@ class Sampler:
         """
         if n < 1:
             raise ValueError(f"fork into n={n}: must be at least 1")
-        return [self._add(self._leaf(row).branch()) for row in rows for _ in range(n)]
+        leaves = [self._leaf(row) for row in rows for _ in range(n)]
+        return [self._add(leaf.below(leaf.length, [])) for leaf in leaves]
 
     def rewind(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Cut rows back to their first `length` tokens. The last kept token is computed again at the next step."""
@@ -270,28 +268,25 @@ class Sampler:
 
     def _resume(self, job: _Job) -> list[_Draft]:
         """Hand a program its completions; returns the drafts of its next request (none when it has returned)."""
-        completions = [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in job.drafts]
+        completions = [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in job.drafts] or None
         self._busy.difference_update(draft.row for draft in job.drafts)
         job.drafts = []
         while not job.drafts:  # a request for no rows is complete at once
             try:
-                rows, params, seeds = job.program.send(completions if job.started else None)
+                rows, params, seeds = job.program.send(completions)  # None begins it
             except StopIteration as stop:
                 job.result = stop.value
                 return []
-            job.started, completions = True, []
-            self._begin(job, rows, params, seeds)
+            completions = []
+            if len(rows) != len(seeds):
+                raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
+            if params.stop and self.decode is None:
+                raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
+            for row, seed in zip(rows, seeds, strict=True):
+                self._check_length(row, params)
+                job.drafts.append(_Draft(job, row, params, stream(int(seed))))
+                self._busy.add(row)
         return job.drafts
-
-    def _begin(self, job: _Job, rows: Sequence[int], params: SamplingParams, seeds: Sequence[int]) -> None:
-        if len(rows) != len(seeds):
-            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
-        if params.stop and self.decode is None:
-            raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
-        for row, seed in zip(rows, seeds, strict=True):
-            self._check_length(row, params)
-            job.drafts.append(_Draft(job, row, params, stream(int(seed))))
-            self._busy.add(row)
 
     @torch.inference_mode()
     def _draw(self, active: list[_Draft]) -> None:
@@ -299,17 +294,23 @@ class Sampler:
         hidden = self._compute([draft.row for draft in active])  # [R, E]
         groups: dict[tuple, list[int]] = defaultdict(list)  # rows that are drawn from alike
         for i, draft in enumerate(active):
-            groups[draft.distribution].append(i)
+            p = draft.params
+            groups[p.temperature, p.top_p, p.top_k, p.min_p].append(i)
         for distribution, members in groups.items():
             drafts = [active[i] for i in members]
             states = hidden if len(groups) == 1 else hidden[members]
             u = [uniform(draft.stream, len(draft.ids)) for draft in drafts]
             u = torch.tensor(u, dtype=torch.float64, device=hidden.device)
-            ids, logps = draw_tokens(self._head(states), u, *distribution, self._softcap)
+            ids, logps = draw_tokens(self._logits(states), u, *distribution, self._softcap)
             for draft, token, logp in zip(drafts, ids.tolist(), logps.tolist(), strict=True):
                 self._accept(draft, token, logp)
         self.stats.generated_tokens += len(active)
         self.stats.decode_steps += 1
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """What the head gives, times the model's own scale, before the soft cap: [R, V]."""
+        logits = self._head(hidden)
+        return logits if self._scale == 1 else logits.float() * self._scale
 
     def _accept(self, draft: _Draft, token: int, logp: float) -> None:
         """Append a token to a row, and note if it ends there."""
@@ -463,7 +464,7 @@ class Sampler:
         if length + new > self.max_positions:
             raise ValueError(
                 f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
-                f"{self.max_positions} positions; shorten the prompt or max_new_tokens"
+                f"{self.max_positions} {self._limit}; shorten the prompt or max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -474,18 +475,21 @@ class Sampler:
         theirs = twin(input_ids=torch.tensor([ids], device=twin.device), use_cache=False).logits[0, -1].float()  # [V]
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
-        for self._decoder in [LlamaDecoder.of(twin), None]:  # ours if it agrees, or else the model's own forward
+        decoders = [None]
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            decoders = [LlamaDecoder(twin.base_model, twin.config), None]
+        for self._decoder in decoders:  # ours if it agrees, or else the model's own forward
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
-            logits = self._head(self._compute(rows[1:]))
+            logits = self._logits(self._compute(rows[1:]))
             gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             self.release(rows)
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
         raise ValueError(
             f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
-            "the sampler supports full attention with rotary or learnt positions, and finite weights"
+            "the sampler supports full attention (or a window above 10), rotary or learnt positions, finite weights"
         )
 
 
@@ -495,7 +499,6 @@ class _Job:
 
     program: Program
     drafts: list[_Draft] = field(default_factory=list)
-    started: bool = False
     result: Any = None
 
 
@@ -511,23 +514,29 @@ class _Draft:
     logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
 
-    def __post_init__(self):
-        params = self.params
-        self.distribution = params.temperature, params.top_p, params.top_k, params.min_p
-
 
 # ---------------------------------------------------------------------------------------------------- the draw
 
 
+def output_scaling(config: Any) -> tuple[float, float]:
+    """(scale, softcap) of a model's head: logits = softcap * tanh(scale * x / softcap), x = hidden @ weight.T.
+
+    Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 caps; a soft cap of 0 is none. The
+    loss gets the same from kernels.py with temperature / scale and softcap / scale.
+
+    >>> from transformers import CohereConfig
+    >>> output_scaling(CohereConfig(logit_scale=0.25))
+    (0.25, 0.0)
+    """
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return scale, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
 def draw_tokens(
-    logits: Tensor,
-    u: Tensor,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, u: Tensor, temperature: float = 1.0,
+    top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Draw one token per row of logits [R, V] with the uniforms u fp64 [R]; returns ids int64 [R], log-probs fp32 [R].
 
     The token is where the running sum of the probabilities (in fp64, in the order of ids) passes u; one of probability
@@ -580,11 +589,14 @@ def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 
 
 
 def stream(seed: int) -> int:
-    """The stream of random numbers of `seed`, any int modulo 2^64."""
-    return _mix(seed)
+    """The stream of random numbers of `seed`, any int modulo 2^64: the finaliser of splitmix64."""
+    x = seed & 2**64 - 1
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
 
-def uniform(stream: int, t: int) -> float:
+def uniform(state: int, t: int) -> float:
     """Number t of a stream, uniform in (0, 1).
 
     splitmix64 (Steele, Lea and Flood 2014) of seed and counter: stateless, so that a row's t-th number does not depend
@@ -593,15 +605,7 @@ def uniform(stream: int, t: int) -> float:
     >>> [round(uniform(stream(seed), t), 4) for seed in (0, 1) for t in (0, 1)]
     [0.8833, 0.4315, 0.7497, 0.3724]
     """
-    return ((_mix(stream + (t + 1) * 0x9E3779B97F4A7C15) >> 16) + 0.5) * 2.0**-48
-
-
-def _mix(x: int) -> int:
-    """The finaliser of splitmix64."""
-    x &= 2**64 - 1
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-    return x ^ x >> 31
+    return ((stream(state + (t + 1) * 0x9E3779B97F4A7C15) >> 16) + 0.5) * 2.0**-48
 
 
 # ---------------------------------------------------------------------------------------------------- one forward
@@ -632,20 +636,16 @@ class _Segment:
     def kv(self) -> Tensor:
         return self.slab.kv[:, :, self.slot]  # [layers, 2, J, capacity, D]
 
-    def branch(self) -> _Segment:
-        """An empty segment below this one, at its end."""
-        kid = self.below(self.length, [])
-        if self.cached == len(self.ids):
-            kid.hidden = self.hidden
-        return kid
-
     def below(self, length: int, ids: list[int]) -> _Segment:
         """A new segment with `ids` after the first `length` tokens of this row."""
         parent, visible = self.owner(length)
         if parent is not None:
             parent.users += 1
             parent.shared = max(parent.shared, visible)
-        return _Segment(ids, length, parent, visible)
+        kid = _Segment(ids, length, parent, visible)
+        if length == self.length and self.cached == len(self.ids):
+            kid.hidden = self.hidden  # used if `ids` is empty
+        return kid
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
         """The segment that holds the last of the row's first `length` tokens, and how many of its own they are."""
@@ -696,19 +696,15 @@ class _Forward:
         self.last = _index(last, self.device)  # [R]
         self.room = min(segment.slab.capacity - stop for segment, stop in batch)
         self.own = [_Piece(entries, self.device) for entries in own.values()]
-        self.above = self._pieces_above(above)
+        levels: list[dict] = [defaultdict(list) for _ in {level for level, _ in above}]
+        for (level, ancestor), (queries, seen) in above.items():
+            levels[level][ancestor.slab, _bucket(len(queries))].append((ancestor, queries, seen))
+        self.above = [[_Piece(entries, self.device) for entries in level.values()] for level in levels]
 
     @staticmethod
     def _place(segment: _Segment, stop: int) -> tuple[int, int, int]:
         """Segments that agree but for the last number share a piece."""
         return segment.slab.number, _bucket(stop - segment.cached), segment.slot
-
-    def _pieces_above(self, above: dict) -> list[list[_Piece]]:
-        """The pieces of every level above the tokens' own segments."""
-        levels: list[dict] = [defaultdict(list) for _ in {level for level, _ in above}]
-        for (level, ancestor), (queries, seen) in above.items():
-            levels[level][ancestor.slab, _bucket(len(queries))].append((ancestor, queries, seen))
-        return [[_Piece(entries, self.device) for entries in level.values()] for level in levels]
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
@@ -904,20 +900,18 @@ class _Memory:
         self._grow({capacity: len(movers) for capacity, movers in wanted.items()})
         for capacity, movers in wanted.items():
             for segment in movers:
-                slab, slot = segment.slab, segment.slot
+                kept = segment.slab and segment.kv[:, :, :, : segment.cached]
+                self.free(segment)
                 segment.slab = next(slab for slab in self.slabs[capacity] if slab.free)
                 segment.slot = heapq.heappop(segment.slab.free)  # side by side, as far as can be
-                if slab is not None:
-                    segment.kv[:, :, :, : segment.cached] = slab.kv[:, :, slot, :, : segment.cached]
-                    self._give_back(slab, slot)
+                if kept is not None:
+                    segment.kv[:, :, :, : segment.cached] = kept
 
     def free(self, segment: _Segment) -> None:
         slab, segment.slab = segment.slab, None
-        if slab is not None:
-            self._give_back(slab, segment.slot)
-
-    def _give_back(self, slab: _Slab, slot: int) -> None:
-        heapq.heappush(slab.free, slot)
+        if slab is None:
+            return
+        heapq.heappush(slab.free, segment.slot)
         if len(slab.free) == slab.slots:
             self.slabs[slab.capacity].remove(slab)
             self.bytes -= slab.kv.nbytes
@@ -937,17 +931,15 @@ class _Memory:
             so_far, each = sum(slab.slots for slab in self.slabs[capacity]), self._slot_bytes(capacity)
             plenty = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
             fits = self.bytes + more + (plenty - count) * each <= self.budget / 2
-            if count:
-                self._add_slab(capacity, plenty if fits else count)
             more -= count * each
-
-    def _add_slab(self, capacity: int, slots: int) -> None:
-        shape = (self.layers, 2, slots, self.kv_heads, capacity, self.head_size)
-        # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
-        slab = _Slab(self.made, torch.zeros(shape, dtype=self.dtype, device=self.device))
-        self.slabs[capacity].append(slab)
-        self.bytes += slab.kv.nbytes
-        self.made += 1
+            if not count:
+                continue
+            shape = (self.layers, 2, plenty if fits else count, self.kv_heads, capacity, self.head_size)
+            # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
+            slab = _Slab(self.made, torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.slabs[capacity].append(slab)
+            self.bytes += slab.kv.nbytes
+            self.made += 1
 
     def _slot_bytes(self, capacity: int) -> int:
         return self.layers * 2 * self.kv_heads * capacity * self.head_size * self.dtype.itemsize
@@ -965,8 +957,8 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the module tree over the same weights (in-place updates are seen), in eval mode."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be full")
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be attention")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no position_ids: rows of different lengths cannot be packed")
     if model.get_output_embeddings() is None:
@@ -977,9 +969,11 @@ def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
 
 def _tree_attention(module, query, key, value, attention_mask, scaling=None, tree: _Forward = None, **kwargs):
     """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
-    unknown = [k for k in ("sliding_window", "softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
+    unknown = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unknown:
         raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
+    if tree is None:
+        raise ValueError(f"{type(module).__name__} hands no arguments on to its attention: not supported")
     query, kv = query[0].transpose(0, 1), torch.cat((key[0], value[0])).transpose(0, 1)  # [N, H, D], [N, 2J, D]
     return tree.attend(module.layer_idx, query, kv, scaling).unsqueeze(0), None  # [1, N, H, D]
 
@@ -996,6 +990,8 @@ class LlamaDecoder:
     STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
 
     def __init__(self, decoder: torch.nn.Module, config: Any):
+        if config.rope_parameters["rope_type"] not in self.STATIC_ROPE:
+            raise AttributeError("the angles depend on the length of the row")
         self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
         self.layers = []
         for layer in decoder.layers:
@@ -1011,16 +1007,6 @@ class LlamaDecoder:
         self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
         self.eps = decoder.norm.variance_epsilon
         self.cos = self.sin = None  # [positions, 1, D]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> LlamaDecoder | None:
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") not in cls.STATIC_ROPE:
-            return None
-        try:
-            return cls(model.base_model, model.config)
-        except AttributeError:
-            return None
 
     def forward(self, tree: _Forward) -> Tensor:
         """Hidden states after the last norm, [N, E]."""

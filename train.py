@@ -283,7 +283,7 @@ import kernels
 import rl
 import sesa
 import tasks
-from sampler import Sampler, SamplingParams
+from sampler import Sampler, SamplingParams, output_scaling
 
 # What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's, with
 # what a tiny policy needs by experiments/LOG.md.
@@ -1007,8 +1007,8 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 def distribution(model: nn.Module, config: Config) -> dict:
     """What turns logits into the distribution that is sampled and trained."""
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return dict(temperature=config.temperature, softcap=softcap or 0.0)
+    scale, softcap = output_scaling(model.config)
+    return dict(temperature=config.temperature / scale, softcap=softcap / scale)
 
 
 @torch.no_grad()

@@ -29,26 +29,26 @@ except ImportError as error:  # no triton: nothing to compile
 
 pytestmark = pytest.mark.skipif(import_error is not None, reason=f"{import_error}")
 FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32", "TARGET_XY": "*fp32"}
-BACKWARD_POINTERS = {"TARGETS": "*i64"} | dict.fromkeys(["MOMENTS", "G_LOGP", "G_ENTROPY", "G_KL"], "*fp32")
-INTEGERS = dict.fromkeys("stride_x stride_y stride_dx num_rows V first tiles splits".split(), "i32")
+BACKWARD_POINTERS = {"TARGETS": "*i64", "FACTORS": "*fp32"}
+INTEGERS = dict.fromkeys("stride_x stride_y stride_dx num_rows V tiles".split(), "i32")
 
 
 # ------------------------------------------------------------------------------------------- compile and count
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict, arch: int, warps: int = 1) -> dict:
+def compile_kernel(kernel, pointers: dict[str, str], constants: dict, arch: int) -> dict:
     """Compile one configuration as the launcher would, with pointers, strides and sizes divisible by 16."""
     names = kernel.arg_names
     types = pointers | INTEGERS
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    divisible = [name for name in names if name not in constants and name not in ("tiles", "splits")]
+    divisible = [name for name in names if name not in constants and name != "tiles"]
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": warps, "num_stages": 1}
+    options = {"num_warps": 1, "num_stages": 1}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -99,14 +99,9 @@ def measure(arch: int, dtypes: list[str], softcaps: list[float]) -> list[dict]:
         counts = compile_kernel(kernels._forward_kernel, logits | FORWARD_POINTERS, constants | absent, arch)
         rows.append({"kernel": "forward"} | config | counts)
         for entropy in (False, True):
-            absent = ({} if ref else {"Y": None, "G_KL": None}) | ({} if entropy else {"G_ENTROPY": None})
-            counts = compile_kernel(kernels._backward_kernel, logits | BACKWARD_POINTERS, constants | absent, arch)
+            chosen = constants | absent | {"ENTROPY": entropy}
+            counts = compile_kernel(kernels._backward_kernel, logits | BACKWARD_POINTERS, chosen, arch)
             rows.append({"kernel": "backward", "entropy": entropy} | config | counts)
-    for ref in (False, True):
-        outputs = dict.fromkeys(["PARTS", "TARGET_XY", "LOGP", "ENTROPY", "KL", "REF_LOGP", "MOMENTS"], "*fp32")
-        constants = {"temperature": 0.7, "SPLITS": 64, "ROWS": 32} | ({} if ref else {"KL": None, "REF_LOGP": None})
-        counts = compile_kernel(kernels._combine_kernel, {"TARGETS": "*i64"} | outputs, constants, arch, warps=4)
-        rows.append({"kernel": "combine", "dtype": "fp32", "softcap": 0.0, "ref": ref} | counts)
     for row in rows:
         row["per_element"] = round(row["loop"] / 32, 2)  # a lane of the one warp has BLOCK / 32 = 32 elements of a tile
     return rows
@@ -148,7 +143,7 @@ def sm90():
 
 
 def test_sm90_needs_no_spills_no_doubles_no_atomics(sm90):
-    assert len(sm90) == 2 * 2 * 3 + 2
+    assert len(sm90) == 2 * 2 * 3
     check_common(sm90, "sm_90a")
 
 
@@ -173,7 +168,7 @@ def test_sm80_compiles_within_its_registers():
 @pytest.mark.parametrize("arch, target", [(90, "sm_90a"), (80, "sm_80")])
 def test_every_dtype_and_softcap(arch, target):
     rows = counts_of(arch, "bf16,fp32,fp16,fp32:bf16", "0,30")
-    assert len(rows) == 4 * 2 * 2 * 3 + 2
+    assert len(rows) == 4 * 2 * 2 * 3
     check_common(rows, target)
 
 

@@ -18,6 +18,8 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -35,8 +37,8 @@ from transformers import (
 )
 
 import sampler as sampler_module
-from kernels import token_stats
-from sampler import Sampler, SamplingParams, Stats, draw_tokens, stream, truncate, uniform
+from kernels import linear_token_stats, token_stats
+from sampler import Sampler, SamplingParams, Stats, draw_tokens, output_scaling, stream, truncate, uniform
 
 VOCAB, STOP = 97, 7
 STOPS = [STOP, 23, 41, 60, 88]  # several, so that rows end at different times
@@ -63,6 +65,9 @@ KINDS = {
     # not written out in the sampler: these take transformers' own forward with our attention
     "phi3": (Phi3ForCausalLM, Phi3Config, dict(num_key_value_heads=2)),
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig, dict()),
+    # these scale the logits of their heads
+    "granite": (GraniteForCausalLM, GraniteConfig, dict(num_key_value_heads=2, logits_scaling=8.0)),
+    "cohere": (CohereForCausalLM, CohereConfig, dict(num_key_value_heads=2, logit_scale=0.25)),
 }  # fmt: skip
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8], [11 + i % 17 for i in range(40)], [1], [i % VOCAB for i in range(300)]]
 
@@ -578,19 +583,40 @@ def qwen2_sliding():
     return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2, **sliding))
 
 
-def granite():
-    return GraniteForCausalLM(GraniteConfig(**SIZES, num_key_value_heads=2, logits_scaling=8.0))
-
-
 @pytest.mark.parametrize(
     "make, message",
-    [(bloom, "position_ids"), (mistral, "sliding"), (qwen2_sliding, "sliding"), (granite, "logits differ")],
+    [(bloom, "position_ids"), (mistral, "window above"), (qwen2_sliding, "window above")],
 )
 def test_models_that_we_would_get_wrong_are_refused(make, message):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=message) as error:
         Sampler(make(), [])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "cohere"])
+def test_the_loss_sees_the_distribution_that_was_sampled(kind):
+    """Log-probs recorded by the sampler equal those of the fused loss, from hidden states and the head alone."""
+    model = make_model(kind)
+    scale, softcap = output_scaling(model.config)
+    assert (scale == 1) == (kind == "llama")
+    sampler = Sampler(model, STOPS)
+    [out] = sampler.sample(sampler.prefill(PROMPTS[:1]), SamplingParams(temperature=0.7, max_new_tokens=20), [3])
+    begin = len(PROMPTS[0]) - 1
+    with torch.no_grad():
+        states = model.base_model(torch.tensor([PROMPTS[0] + out.ids])).last_hidden_state[0, begin:-1]
+    weight, targets = model.get_output_embeddings().weight.detach(), torch.tensor(out.ids)
+    stats = linear_token_stats(states, weight, targets, temperature=0.7 / scale, softcap=softcap / scale)
+    torch.testing.assert_close(torch.tensor(out.logps), stats.logp, rtol=0, atol=1e-5)
+
+
+def test_rows_may_be_as_long_as_the_window():
+    torch.manual_seed(0)
+    sampler = Sampler(MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=12)), [])
+    rows = sampler.prefill([[1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="12 tokens in its sliding window"):
+        sampler.sample(rows, SamplingParams(max_new_tokens=9), [0])
+    assert len(sampler.sample(rows, SamplingParams(max_new_tokens=8), [0])[0].ids) == 8
 
 
 # ---------------------------------------------------------------------------------------------------- errors
