@@ -167,7 +167,7 @@ def draw(rows: dict) -> None:
     ceiling = [20 * (1 - 0.95**k) for k in draws]
     left.fill_between(draws, ceiling, 20, color="0.93", linewidth=0)
     left.plot(draws, ceiling, "k--", linewidth=1)
-    left.text(26, 17.6, "no i.i.d. policy gets here", color="0.35")
+    left.text(2, 17.3, "no i.i.d. policy\ngets here", color="0.35")
     for arm, kind, color, style, label in (
         ("sesa", "sequential", "tab:blue", "-", "SESA, asked in sequence"),
         ("grpo-both", "iid", "tab:green", "-", "GRPO with SESA's rewards, i.i.d."),
@@ -179,7 +179,8 @@ def draw(rows: dict) -> None:
         many(left, draws, [[found[str(k)] for k in draws] for found in curves], color, style, label)
     left.set(xlabel="answers drawn", title="different right answers found, of 20", ylim=(0, 20.3), xlim=(0, 41))
     for arm, color, label in (
-        ("distill", "tab:blue", "SESA"),
+        ("distill", "tab:blue", "SESA, `distill`"),
+        ("distill-placebo", "tab:cyan", "the same, with another chain's history"),
         ("grpo-both", "tab:green", "GRPO with SESA's rewards"),
         ("grpo-both-std", "tab:olive", "the same, divided by the std"),
         ("grpo", "tab:red", "GRPO"),
