@@ -135,8 +135,8 @@ def alone(tmp_path_factory, untied) -> Path:
 
 
 def recording(train_run):
-    def wrapped(run, folder, state):
-        train_run(run, folder, state)
+    def wrapped(run, folder, *args):
+        train_run(run, folder, *args)
         record(run, folder.path)
 
     return wrapped
