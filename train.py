@@ -100,8 +100,7 @@ class MethodFlags:
     sketches: Literal["sequential", "iid", "list", "placebo"] = "sequential"
     """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
-    """what the loss conditions on: the sampled context; the plain prompt (drop), with importance weights (is), or for
-    what earned A > 0 only (imitate); distill: keep and imitate"""
+    """what the loss conditions on: keep the sketch; drop it, or with importance weights, or wins only; keep + imitate"""
     distill_coef: float = 1.0
     """weight of imitate in distill"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None

@@ -62,7 +62,7 @@ def test_the_two_commands_are_what_ci_runs():
 def test_flags_exist():
     known = {field.name for field in dataclasses.fields(train.Config)}
     flags = set(re.findall(r"`--(\w+)", README)) | set(re.findall(r" --(\w+)", README))
-    of_others = set("nproc_per_node nnodes rdzv help cpu threads dtype schedule methods".split())  # torchrun, benchmarks
+    of_others = set("nproc_per_node nnodes rdzv max help cpu threads dtype schedule methods".split())  # torchrun, benchmarks
     assert flags - of_others <= known
     assert [name for name in known if not source_of(name)] == [], "a flag without a string under it"
 
