@@ -100,7 +100,7 @@ class MethodFlags:
     sketches: Literal["sequential", "iid", "list", "placebo"] = "sequential"
     """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
-    """what the loss conditions on: keep the sketch; drop it, or with importance weights, or wins only; keep + imitate"""
+    """what the loss conditions on: keep the sketch; drop it, or with importance weights, wins only; keep + imitate"""
     distill_coef: float = 1.0
     """weight of imitate in distill"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None
