@@ -8,7 +8,7 @@ One step of training, from top to bottom:
     update(policy, reference, rows, ...)                 # rl.policy_loss through kernels.linear_policy_loss
 
 The same code runs on a CPU, a GPU, and several of either: problems are shared out over the ranks of torchrun, weights
-are replicated, gradients are summed. Loss weights are made from global counts (rl.token_weights), so that nothing
+are sharded by FSDP2, gradients are summed. Loss weights are made from global counts (rl.token_weights), so that nothing
 depends on how the work is split. Every random number is a function of (seed, step, problem, index): a run that is
 stopped and resumed draws the same tokens as one that is not.
 
@@ -40,10 +40,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from itertools import count, islice, product
 from pathlib import Path
-from platform import python_version
 from statistics import fmean
 from typing import Literal
 
@@ -267,8 +265,7 @@ if __name__ == "__main__":  # before the slow imports: --help and a mistyped fla
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.api import CheckpointException
@@ -276,7 +273,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 import kernels
 import rl
@@ -326,14 +322,12 @@ def derived(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
-    defaults |= PRETRAINED if not is_tiny(config.model) else {}
+    defaults |= {} if is_tiny(config.model) else PRETRAINED
     defaults |= {} if config.kl_coef is None else dict(kl_coef_end=config.kl_coef)
-    name = "".join(c if c.isalnum() else "_" for c in config.task)
-    folder = f"runs/{name}-{config.method}-{config.seed}"
-    defaults |= dict(output_dir=folder + "-eval" * config.eval_only)
-    config = filled(config, defaults)
+    folder = f"runs/{re.sub(r'[^0-9A-Za-z]', '_', config.task)}-{config.method}-{config.seed}"
+    config = filled(config, output_dir=folder + "-eval" * config.eval_only, **defaults)
     answers = config.num_direct + config.num_sketches * config.num_solutions
-    return filled(config, dict(group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k))
+    return filled(config, group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k)
 
 
 def check(verdicts: Iterable[tuple[bool, str]]) -> None:
@@ -344,13 +338,18 @@ def check(verdicts: Iterable[tuple[bool, str]]) -> None:
 
 def is_tiny(model: str) -> bool:
     """The tiny policy, or what a run of it has saved."""
-    notes = Path(model) / "sesa.json"
-    return model == "tiny" or notes.exists() and json.loads(notes.read_text()).get("tiny", False)
+    return model == "tiny" or notes(model).get("tiny", False)
 
 
-def filled(config: Config, defaults: dict) -> Config:
-    given = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+def filled(config: Config, **defaults) -> Config:
+    given = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **given)
+
+
+def group_answers(config: Config) -> int:
+    """Answers of a group: i.i.d., or direct and through sketches."""
+    mixed = config.num_direct + config.num_sketches * config.num_solutions
+    return config.group_size if config.method == "grpo" else mixed
 
 
 POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens
@@ -374,51 +373,44 @@ def ranges(config: Config) -> Iterator[tuple[bool, str]]:
 
 def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
     """(is it broken, the line for the user) of each rule about several flags, or a flag and the task."""
-    c, grpo, chains = config, config.method == "grpo", chain_credit(config, task)
-    answers = c.num_direct + c.num_sketches * c.num_solutions
-    size = c.group_size if grpo else answers
+    c, grpo, chains, size = config, config.method == "grpo", chain_credit(config, task), group_answers(config)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     sized = "--group_size" if grpo else "--num_sketches times --num_solutions (and --num_direct)"
     yield size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"
     many = c.minibatches > c.problems_per_step
     yield many, f"--minibatches {c.minibatches}: at most the number of problems in a step, {c.problems_per_step}"
+    alone = chains and c.baseline == "position" and c.problems_per_step < 2
+    yield alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"
     yield not 0 < c.top_p <= 1, f"--top_p {c.top_p}: must be above 0 and at most 1"
     cut = c.top_p < 1 and not c.eval_only
     yield cut, f"--top_p {c.top_p}: the loss trains the whole distribution; leave it at 1, or use it with --eval_only"
     beyond = c.advantage_scale == "passk" and max(c.pass_k, c.pass_k_end) > size
     yield beyond, f"--pass_k {c.pass_k}, --pass_k_end {c.pass_k_end}: at most the {size} answers of a group"
-    scaled = c.advantage_scale in ("none", "std")
-    yield chains and not scaled, f"--advantage_scale {c.advantage_scale}: guesses in a chain take none or std"
-    most_k = min(c.eval_samples, answers) if task.two_stage else c.eval_samples
-    in_range = 1 <= min(c.eval_k, default=0) <= most_k
-    yield not in_range, f"--eval_k {c.eval_k}: the least must be from 1 to {most_k}, the samples of a problem"
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    unscaled = chains and c.advantage_scale in ("loo", "passk")
+    yield unscaled, f"--advantage_scale {c.advantage_scale}: guesses in a chain take none or std"
+    most_k = min(c.eval_samples, size) if task.two_stage else c.eval_samples
+    unseen = not 1 <= min(c.eval_k, default=0) <= most_k
+    yield unseen, f"--eval_k {c.eval_k}: the least must be from 1 to {most_k}, the samples of a problem"
     uneven = c.shard_ranks and ranks % c.shard_ranks
     yield uneven, f"--shard_ranks {c.shard_ranks}: must divide the number of ranks, {ranks}"
-    paired = c.problems_per_step > 1 and ranks == 1
-    swapped = "--sketches placebo takes those of the problem before: needs --problems_per_step 2 or more, on one rank"
-    yield c.sketches == "placebo" and not paired, swapped
-    lines = "--sketches list: the tiny policy writes no lines; needs a pretrained model"
-    yield c.sketches == "list" and c.model == "tiny", lines
-    unstaged = f"--sketches {c.sketches}: there is no Stage I to vary with --method grpo"
-    yield c.sketches != "sequential" and grpo, unstaged
-    listed = "--sketches list: where the sketches are the answers there are only sequential, iid and placebo"
-    yield c.sketches == "list" and not task.two_stage, listed
-    mixed = f"--num_direct {c.num_direct}: mixes groups of --method sesa on a task with a solution stage only"
-    yield c.num_direct > 0 and (grpo or not task.two_stage), mixed
-    alone = "--explore stuck: needs --num_direct 1 or more, the answers that tell whether a problem is stuck"
-    yield c.explore == "stuck" and not c.num_direct, alone
-    across = c.baseline != "chain" or c.rarity
-    apart = "chains about different problems are not comparable: use --baseline chain --rarity 0"
-    yield chains and task.num_problems("train") > 1 and across, apart
+    drawn, listed = f"--sketches {c.sketches}:", c.sketches == "list"
+    yield c.sketches != "sequential" and grpo, f"{drawn} there is no Stage I to vary with --method grpo"
+    unpaired = c.sketches == "placebo" and (c.problems_per_step < 2 or ranks > 1)
+    yield unpaired, f"{drawn} takes those of the problem before: needs --problems_per_step 2 or more, on one rank"
+    yield listed and c.model == "tiny", f"{drawn} the tiny policy writes no lines; needs a pretrained model"
+    answers = f"{drawn} where the sketches are the answers there are only sequential, iid and placebo"
+    yield listed and not task.two_stage, answers
+    unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
+    yield unmixed, f"--num_direct {c.num_direct}: mixes groups of --method sesa on a task with a solution stage only"
+    blind = c.explore == "stuck" and not c.num_direct
+    yield blind, "--explore stuck: needs --num_direct 1 or more, the answers that tell whether a problem is stuck"
+    across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
+    yield across, "chains about different problems are not comparable: use --baseline chain --rarity 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
     yield missing, f"--report_to {c.report_to}: the package is not installed; pip install {c.report_to}"
     untrained = c.eval_only or not c.steps
     yield untrained and c.push_to_hub, f"--push_to_hub {c.push_to_hub}: nothing is trained; needs --steps above 0"
     yield untrained and not c.eval_first, "--eval_first False: nothing else would be evaluated; needs --steps above 0"
-    odd_heads = c.tiny_width // max(1, c.tiny_width // 32) % 2
-    yield odd_heads, f"--tiny_width {c.tiny_width}: must be a multiple of 32, or even and below"
-    alone = chains and c.baseline == "position" and c.problems_per_step < 2
-    yield alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"
 
 
 def chain_credit(config: Config, task: tasks.Task) -> bool:
@@ -452,9 +444,8 @@ class Policy:
     def stop_ids(self) -> list[int]:
         """What ends a turn: the generation config's ids, the one of the chat template first."""
         ids = self.model.generation_config.eos_token_id
-        ids = [ids] if isinstance(ids, int) else list(ids or [])
-        first = self.tokenizer.eos_token_id
-        return [first] * (first is not None) + [i for i in ids if i != first]
+        ids = [self.tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+        return [i for i in dict.fromkeys(ids) if i is not None]
 
     def chat(self) -> sesa.Chat:
         return sesa.Chat(self.tokenizer, self.stop_ids)
@@ -465,11 +456,21 @@ class Policy:
         sampler = Sampler(self.model, self.stop_ids, decode=chat.decode, **room)
         return sesa.Explorer(sampler, task, chat, self.prompts)
 
+    def token_limits(self, config: Config) -> dict[str, int]:
+        given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
+        return {kind: limit or self.limits[kind] for kind, limit in given.items()}
+
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        extra = dict(prompts=dataclasses.asdict(self.prompts), limits=self.limits, tiny=self.tiny)
+        extra = dict(prompts=vars(self.prompts), limits=self.limits, tiny=self.tiny)
         (folder / "sesa.json").write_text(json.dumps(extra, ensure_ascii=False, indent=1))
+
+
+def notes(model: str) -> dict:
+    """What `Policy.save` has left beside the weights; {} in a folder of others."""
+    file = Path(model) / "sesa.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights: bool = True) -> Policy:
@@ -484,13 +485,11 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
         model, tokenizer = load_pretrained(path, weights)
     except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
         raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}); {remedy}") from None
-    ours = path / "sesa.json"
-    ours = json.loads(ours.read_text()) if ours.exists() else {}
-    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
-    texts = sesa.Prompts(**ours["prompts"]) if ours else default
-    texts = load_prompts(prompts, texts)
-    policy = Policy(model, tokenizer, texts, ours.get("limits", limits), ours.get("tiny", False))
+    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
+    ours = dict(prompts=vars(default), limits=limits, tiny=False) | notes(name)
+    ours["prompts"] = load_prompts(prompts, sesa.Prompts(**ours["prompts"]))
+    policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
     if not policy.stop_ids:
@@ -500,18 +499,16 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
 
 def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     """(model, tokenizer) as transformers reads them; whatever goes wrong raises."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    name, file, quantized = str(path), {}, {}
+    name, options, auto = str(path), {}, transformers.AutoModelForCausalLM
     if path.suffix == ".gguf":
-        name, file = str(path.parent), dict(gguf_file=path.name)
-        quantized = dict(quantization_config=GgufConfig(dequantize=True))
-    tokenizer = AutoTokenizer.from_pretrained(name, **file)
+        name, options = str(path.parent), dict(gguf_file=path.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     if not weights:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **file)), tokenizer
-    options = dict(dtype=torch.float32) | file | quantized
-    return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
+            return auto.from_config(transformers.AutoConfig.from_pretrained(name, **options)), tokenizer
+    if options:
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return auto.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
 def first_line(error: Exception) -> str:
@@ -529,43 +526,32 @@ def load_prompts(path: str | None, default: sesa.Prompts) -> sesa.Prompts:
 
 def tiny_policy(config: Config, task: tasks.Task) -> Policy:
     """A Llama of under a million parameters with one token per word of the task, not yet trained."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if not task.words:
         raise UserError(f"--model tiny: {task.name} has no closed vocabulary; give a pretrained model")
-    tokenizer = word_tokenizer([*sesa.TINY_WORDS, *task.words])
-    shape = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.tiny_width,
-        intermediate_size=3 * config.tiny_width,
-        num_hidden_layers=config.tiny_layers,
-        num_attention_heads=max(1, config.tiny_width // 32),
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokenizer, width = word_tokenizer([*sesa.TINY_WORDS, *task.words]), config.tiny_width
+    shape = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=config.tiny_layers, num_attention_heads=max(1, width // 32), head_dim=32,
+        max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # one base, whatever the seed of training
-        model = LlamaForCausalLM(shape)
-    prompts = sesa.default_prompts(True, task.two_stage)
-    prompts = load_prompts(config.prompts, prompts)
+        model = transformers.LlamaForCausalLM(shape)
+    prompts = load_prompts(config.prompts, sesa.default_prompts(True, task.two_stage))
     return Policy(model, tokenizer, prompts, dict(task.tiny_tokens), tiny=True)
 
 
 def word_tokenizer(words: Sequence[str]):
     """One token for each word between spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     words = dict.fromkeys([*special.values(), *words])
-    ids = {word: i for i, word in enumerate(words)}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    options = dict(clean_up_tokenization_spaces=False) | special
-    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
+    options = dict(tokenizer_object=core, clean_up_tokenization_spaces=False)
+    return transformers.PreTrainedTokenizerFast(**options, **special)
 
 
 def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -> Policy:
@@ -643,15 +629,10 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
             loss += part.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = rl.learning_rate(step, steps, min(50, steps), config.warm_start_lr, "cosine")
-        set_rate(optimizer, rate)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         progress.set_postfix(loss=f"{loss:.3f}")
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -663,16 +644,14 @@ class Run:
 
     def __init__(self, config: Config, task: tasks.Task, policy: Policy, ranks: Ranks):
         whole, on_gpu = policy.model, ranks.device.type == "cuda"
-        config = filled(config, dict(micro_batch_tokens=fitting_tokens(whole, config, on_gpu)))
+        config = filled(config, micro_batch_tokens=fitting_tokens(whole, config, on_gpu))
         self.config, self.task, self.ranks = config, task, ranks
         self.model = ranks.shard(whole, config.shard_ranks)
         if config.gradient_checkpointing:
-            older_name = self.model.gradient_checkpointing_enable
-            getattr(self.model, "activation_checkpointing_enable", older_name)(dict(use_reentrant=False))
+            self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
         self.reference = None if config.eval_only else reference_policy(self, whole)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=config.weight_decay
-        )
+        decay = dict(weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, **decay)
         # The weights are fp32. Rollouts run on a copy: in bf16 on a GPU, gathered where the weights are sharded. One
         # process on a CPU needs none.
         self.actor = self.model
@@ -682,10 +661,10 @@ class Run:
             self.refresh_actor()
         self.policy = policy = dataclasses.replace(policy, model=self.actor)
         self.explorer = policy.explorer(task, max_rows=config.max_rows, memory_gb=config.cache_gb)
-        self.sampler = self.explorer.sampler
-        given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
-        self.limits = {kind: limit or policy.limits[kind] for kind, limit in given.items()}
+        self.sampler, self.limits = self.explorer.sampler, policy.token_limits(config)
         self.problems = task.problems("train", config.seed)
+        # the most that the policy can write in one answer
+        self.max_tokens = self.limits["solution"] * task.max_turns if task.two_stage else self.limits["sketch"]
 
     def train(self, folder: RunFolder, state: dict, log: Callable) -> None:
         """Train from where `state` is to the last step, or until asked to stop; log: of `reporting`."""
@@ -693,11 +672,11 @@ class Run:
         quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
         skipped = 0
-        with StopSignal(self.ranks) as stop:
+        with stop_signal(self.ranks) as asked_to_stop:
             for step in progress:
                 groups, row = self.step(step)
                 self.remember(state, groups, row)
-                last = state["step"] == config.steps or stop.asked()
+                last = state["step"] == config.steps or asked_to_stop()
                 if last or due(state["step"], config.eval_every):
                     row["eval"] = state["last"] = evaluate(self)
                     found = sesa.headline(state["last"])
@@ -725,7 +704,7 @@ class Run:
 
     def step(self, step: int) -> tuple[list[sesa.Group], dict]:
         """One rollout and its updates. Returns this rank's groups and the step's row of metrics."""
-        config, began, stats = self.config, time.perf_counter(), copy.copy(self.sampler.stats)
+        config, began, before = self.config, time.perf_counter(), dict(vars(self.sampler.stats))
         first = step * config.problems_per_step
         problems = [self.problems[first + i] for i in range(config.problems_per_step)]
         mine = self.ranks.share(problems)
@@ -739,33 +718,25 @@ class Run:
             sesa.assign(group, rewards[place], advantages[place])
             rows += [(place, row) for row in sesa.sequences(group, config.sketch_context, config.distill_coef)]
 
-        rate, kl_coef = self.learning_rate(step), self.kl_coef(step)
-        set_rate(self.optimizer, rate)
+        rate = rl.learning_rate(step, config.steps, config.warmup_steps, config.learning_rate, config.lr_schedule)
+        fallen = min(1.0, step / (0.7 * config.steps))
+        kl_coef = config.kl_coef + (config.kl_coef_end - config.kl_coef) * fallen
+        self.optimizer.param_groups[0]["lr"] = rate
         models = self.model, self.reference
-        metrics = update(*models, rows, config, self.optimizer, kl_coef, self.max_tokens(), self.ranks)
+        metrics = update(*models, rows, config, self.optimizer, kl_coef, self.max_tokens, self.ranks)
         self.refresh_actor()
 
-        counts = Counter()
+        counts, now = Counter(), vars(self.sampler.stats)
         for group in groups:
             counts.update(group.counts())
-        for name in ("generated_tokens", "prefill_tokens"):
-            counts[name] = getattr(self.sampler.stats, name) - getattr(stats, name)
-        counts = self.ranks.sum(counts)
+        tokens = ("generated_tokens", "prefill_tokens")
+        counts = self.ranks.sum(counts | {name: now[name] - before[name] for name in tokens})
         row = dict(step=step + 1) | sesa.group_metrics(outcomes, rewards) | sesa.text_metrics(counts)
         row |= dict(entropy=None, kl=None) | metrics
-        row |= {name: int(counts[name]) for name in ("generated_tokens", "prefill_tokens", "sketch_tokens")}
+        row |= {name: int(counts[name]) for name in (*tokens, "sketch_tokens")}
         row |= dict(learning_rate=rate, kl_coef=kl_coef)
         row |= dict(rollout_time=rolled_out - began, step_time=time.perf_counter() - began)
         return groups, row
-
-    def learning_rate(self, step: int) -> float:
-        c = self.config
-        return rl.learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, c.lr_schedule)
-
-    def kl_coef(self, step: int) -> float:
-        """Falls linearly over the first 70 % of the steps."""
-        start, end = self.config.kl_coef, self.config.kl_coef_end
-        return start + (end - start) * min(1.0, step / (0.7 * self.config.steps))
 
     def credit_rule(self, step: int) -> dict:
         c = self.config
@@ -774,17 +745,11 @@ class Run:
         return rule | dict(baseline=c.baseline, repeats=c.repeats, rarity=c.rarity, pass_k=pass_k)
 
     def plan(self, temperature: float, top_p: float = 1.0, **changes) -> sesa.Plan:
-        sampling = SamplingParams(temperature, top_p)
-        sketch, solution = (
-            dataclasses.replace(sampling, max_new_tokens=self.limits[kind]) for kind in ("sketch", "solution")
-        )
         names = ("method", "num_sketches", "num_solutions", "group_size", "num_direct", "explore", "sketches")
         given = {name: getattr(self.config, name) for name in names}
-        return sesa.Plan(**given | changes, sketch_params=sketch, solution_params=solution)
-
-    def max_tokens(self) -> int:
-        """The most that the policy can write in one answer."""
-        return self.limits["solution"] * self.task.max_turns if self.task.two_stage else self.limits["sketch"]
+        for kind, limit in self.limits.items():
+            given[f"{kind}_params"] = SamplingParams(temperature, top_p, max_new_tokens=limit)
+        return sesa.Plan(**given | changes)
 
     @torch.no_grad()
     def refresh_actor(self) -> None:
@@ -802,7 +767,7 @@ class Run:
         old = (folder / "training_state.pt").exists()
         options = dcp_state.StateDictOptions(full_state_dict=old, strict=not old)
         try:
-            tensors = old_tensors(folder, self.model) if old else self.tensors()
+            tensors = old_tensors(folder) if old else self.tensors()
             if not old:
                 dcp.load(tensors, checkpoint_id=folder / "training_state")
             dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
@@ -822,7 +787,7 @@ class Run:
     def summary(self, state: dict) -> dict:
         kib = 1 if sys.platform == "linux" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 1024
-        versions = {name: version(name) for name in ("torch", "transformers")}
+        versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         return {name: getattr(self.config, name) for name in ("task", "method", "seed")} | dict(
             steps=state["step"],
             seconds=round(state["seconds"], 1),
@@ -835,7 +800,7 @@ class Run:
             base=state["base"] and sesa.measures(state["base"]),
             evaluation=state["last"],
             base_evaluation=state["base"],
-            versions=versions | dict(python=python_version()),
+            versions=versions | dict(python=sys.version.split()[0]),
         )
 
 
@@ -857,27 +822,22 @@ def reference_policy(run: Run, whole: nn.Module) -> nn.Module | None:
     return run.ranks.shard(whole.eval().requires_grad_(False), config.shard_ranks)
 
 
-class StopSignal:
-    """Asks for a clean stop on Ctrl-C or SIGTERM; all ranks hear it when one does. A second Ctrl-C stops at once."""
+@contextmanager
+def stop_signal(ranks: Ranks) -> Iterator[Callable[[], bool]]:
+    """Was a clean stop asked for, by Ctrl-C or SIGTERM? All ranks hear it when one does. A second one stops at once."""
+    heard = []
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.heard = ranks, False
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.hear) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def hear(self, number, frame):
-        if self.heard:
+    def hear(number, frame):
+        if heard:
             raise KeyboardInterrupt
-        self.heard = True
+        heard.append(number)
 
-    def asked(self) -> bool:
-        return any(self.ranks.gather([self.heard]))
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(ranks.gather(heard))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1026,29 +986,25 @@ def old_log_probs(model, rows: Sequence[rl.TrainingSequence], config: Config, ra
 
 def evaluate(run: Run) -> dict:
     """{"iid": metrics, "sequential": metrics} on validation problems, the same ones at every evaluation."""
-    config, n = run.config, run.config.eval_samples
-    problems = run.task.problems("validation", 0)
-    problems = [problems[i] for i in range(min(config.eval_problems, len(problems)))]
-    sampling = dict(temperature=config.eval_temperature, top_p=config.top_p)
-    group = n if run.task.two_stage else min(n, 50)
+    config, n, two_stage = run.config, run.config.eval_samples, run.task.two_stage
+    problems = list(islice(run.task.problems("validation", 0), config.eval_problems))
     # in sequence: as many answers as a mixed group has, all of them through sketches
     sketches = config.num_sketches + config.num_direct // config.num_solutions
-    asked = dict(method="sesa", sketches="sequential", num_sketches=sketches, num_direct=0, explore="always")
-    plans = dict(
-        iid=run.plan(method="grpo", group_size=group, **sampling),
-        sequential=run.plan(**asked, **sampling),
+    ways = dict(
+        iid=dict(method="grpo", group_size=n if two_stage else min(n, 50)),
+        sequential=dict(method="sesa", sketches="sequential", num_sketches=sketches, num_direct=0, explore="always"),
     )
     found = {}
-    for kind, plan in plans.items():
+    for kind, changes in ways.items():
+        plan = run.plan(config.eval_temperature, config.top_p, **changes)
         size = plan.group_size if kind == "iid" else plan.num_sketches * plan.num_solutions
-        rounds = 1 if run.task.two_stage else math.ceil(n / size)
+        rounds = 1 if two_stage else math.ceil(n / size)
         mine = run.ranks.share([p for p in problems for _ in range(rounds)])
         with patience(f"evaluation, {kind}: {len(mine) * size:,} answers"):
             groups = run.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
         outcomes = run.ranks.gather([g.outcomes() for g in groups])
-        if not run.task.two_stage:  # the rounds of a problem are one list of guesses
-            rounds = [outcomes[i : i + rounds] for i in range(0, len(outcomes), rounds)]
-            outcomes = [[o for group in each for o in group][:n] for each in rounds]
+        if not two_stage:  # the rounds of a problem are one list of guesses
+            outcomes = [sum(outcomes[i : i + rounds], [])[:n] for i in range(0, len(outcomes), rounds)]
         together = 1 if kind == "iid" else size
         found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, run.task.targets, together)
     found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
@@ -1069,7 +1025,7 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         write(temporary)
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # as the libraries call a full disk
+    except (Exception, CheckpointException) as error:  # a full disk has as many names as there are libraries
         problem = str(error).strip().splitlines()[-1]
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1097,13 +1053,14 @@ def damaged(folder: Path, error: BaseException) -> UserError:
 TENSORS = ("model_state_dict", "optim_state_dict")  # what torch calls them
 
 
-def old_tensors(folder: Path, model: nn.Module) -> dict:
+def old_tensors(folder: Path) -> dict:
     """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
+    model, _ = load_pretrained(folder, weights=True)
     saved = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")["optimizer"]
     names = [name for name, _ in model.named_parameters()]
     state = {names[i]: moments for i, moments in saved["state"].items()}
     groups = [group | dict(params=names) for group in saved["param_groups"]]
-    both = load_file(folder / "model.safetensors"), dict(state=state, param_groups=groups)
+    both = model.state_dict(), dict(state=state, param_groups=groups)
     return dict(zip(TENSORS, both, strict=True))
 
 
@@ -1115,21 +1072,18 @@ class RunFolder:
         micro_batch_tokens report_to push_to_hub""".split()
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.path, self.ranks, self.keep = Path(config.output_dir), ranks, config.keep_checkpoints
-        self.resume, self.auto, self.held = config.resume, config.resume_auto, None
-        self.flags = json.loads(json.dumps(dataclasses.asdict(config)))
+        self.config, self.ranks, self.path, self.held = config, ranks, Path(config.output_dir), None
+        self.flags = json.loads(json.dumps(vars(config)))
 
     def open(self) -> dict | None:
         """None for a new run; to resume, the position of the last checkpoint. UserError if that cannot be."""
-        return self.ranks.first(self.look)
-
-    def look(self) -> dict | None:
         steps, file = self.checkpoints(), self.path / "config.json"
-        if not self.resume and not (self.auto and file.exists()):
+        auto = self.config.resume_auto
+        if not self.config.resume and not (auto and file.exists()):
             if self.path.is_file() or self.path.exists() and any(self.path.iterdir()):
                 raise UserError(f"--output_dir {self.path} exists and is not empty: use --resume, or another folder")
             return None
-        if not steps and not self.auto:
+        if not steps and not auto:
             raise UserError(f"--resume: {self.path} holds no checkpoint; start without --resume, in an empty folder")
         self.lock("a")
         if not steps:  # it ended before its first checkpoint
@@ -1138,7 +1092,7 @@ class RunFolder:
         folder = self.checkpoint(steps[-1])
         try:
             if (folder / "training_state.pt").exists():
-                state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+                state = torch.load(folder / "training_state.pt", weights_only=True)
                 del state["optimizer"]
             else:
                 state = json.loads((folder / "training_state" / "position.json").read_text(encoding="utf-8"))
@@ -1150,11 +1104,8 @@ class RunFolder:
 
     def check(self, source: Path, saved: dict) -> None:
         """UserError where the run has flags of its own that the one to be continued had not."""
-        changes = [
-            f"{name} {saved[name]!r} -> {value!r}"
-            for name, value in self.flags.items()
-            if name in saved and name not in self.FREE and saved[name] != value
-        ]
+        old = {name: value for name, value in saved.items() if name in self.flags and name not in self.FREE}
+        changes = [f"{n} {v!r} -> {self.flags[n]!r}" for n, v in old.items() if v != self.flags[n]]
         if changes:
             what = ", ".join(changes)
             raise UserError(f"{source} is from another config ({what}): use the same flags, or another --output_dir")
@@ -1173,32 +1124,22 @@ class RunFolder:
 
     def start(self, step: int) -> None:
         """Make the folder, or what was logged after `step` undone; from here on the run is seen."""
-
-        def prepare() -> None:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                if not self.held:
-                    self.lock("x")
-            except OSError as error:
-                raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror}); give another") from None
-            if step == 0:
-                (self.path / "config.json").write_text(json.dumps(self.flags, indent=1))
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self.cut(name, step)
-
-        self.ranks.first(prepare)
-
-    def cut(self, name: str, step: int) -> None:
-        """Drop the rows after `step`, and a last row that was cut off by a crash."""
-        file = self.path / name
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.held:
+                self.lock("x")
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror}); give another") from None
+        if step == 0:
+            (self.path / "config.json").write_text(json.dumps(self.flags, indent=1))
+        for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
+            kept = [row for row in read_rows(file) if row["step"] <= step]  # nor what a crash cut off
+            file.write_text("".join(map(json_line, kept)), encoding="utf-8")
 
     def append(self, name: str, *rows: dict) -> None:
         if self.ranks.rank == 0:
             with open(self.path / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(map(json_line, rows))
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step}"
@@ -1225,7 +1166,7 @@ class RunFolder:
                 shutil.rmtree(unfinished)
         write_folder(self.checkpoint(state["step"]), write, self.ranks, need)
         if self.ranks.rank == 0:
-            for step in self.checkpoints()[: -self.keep]:
+            for step in self.checkpoints()[: -self.config.keep_checkpoints]:
                 if step != state["best_step"]:
                     shutil.rmtree(self.checkpoint(step))
         self.ranks.barrier()
@@ -1340,10 +1281,14 @@ def unsharded(tensor: Tensor) -> Tensor:
 # Figures
 
 
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def read_rows(file: Path) -> list[dict]:
     """The rows of a file of one JSON object a line; [] without it. What is still being written is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return list(map(json.loads, lines))
 
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
@@ -1393,14 +1338,13 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
         panels.append((name, {name: "-"}, "step"))
     for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
         axis.set(title=name, xlabel=across)
-        lines = [(i, runs, column) for i, runs in enumerate(groups.values()) for column in columns]
-        for i, runs, column in lines:
+        for (i, runs), (column, style) in product(enumerate(groups.values()), columns.items()):
             seeds = [{r["step"]: (r[across], r[column]) for r in rows if r.get(column) is not None} for rows in runs]
             shared = [step for step in seeds[0] if all(step in seed for seed in seeds)]
             mean = {step: [fmean(xy) for xy in zip(*(seed[step] for seed in seeds), strict=True)] for step in shared}
             for points, width in [(seed, 0.5) for seed in seeds] + [(mean, 1.8)]:
                 x, y = ([point[part] for point in points.values()] for part in (0, 1))
-                axis.plot(x, y, columns[column], color=f"C{i}", linewidth=width)
+                axis.plot(x, y, style, color=f"C{i}", linewidth=width)
     for i, label in enumerate(groups):
         axes[0, 0].plot([], color=f"C{i}", label=label)
     axes[0, 0].plot([], "k--", label="i.i.d.; solid: in sequence")
@@ -1457,34 +1401,30 @@ def ask(explorer: sesa.Explorer, plan: sesa.Plan, seed: int = 0) -> list[dict]:
     [problem] = problems = explorer.task.problems("validation", 0)
     explorer.check_problems(problems, plan)
     [group] = explorer.rollout([(0, problem)], plan, (seed,))
+    outcomes = iter(group.outcomes())
     texts = [(text, t.sketch) for t in group.trajectories for text in t.texts]
-    keys = [outcome.key for outcome in group.outcomes()]
-    answers = zip(texts, keys, strict=True)
-    return [dict(text=text, sketch=sketch, key=key) for (text, sketch), key in answers]
+    return [dict(text=text, sketch=sketch, key=next(outcomes).key) for text, sketch in texts]
 
 
 def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
-    c = filled(config, dict(ANSWERS, num_sketches=8))
+    c = filled(config, **ANSWERS | dict(num_sketches=8))
     check(ranges(c))
-    text = sys.stdin.read() if c.ask == "-" else c.ask
-    question, ranks = Question(text.strip(), c.two_stage), Ranks.start(c.device)
+    question = Question((sys.stdin.read() if c.ask == "-" else c.ask).strip(), c.two_stage)
+    ranks = Ranks.start(c.device)
     policy = starting_policy(c.model, c, question, ranks)
     policy.model.to(ranks.device)
-    n, most = c.num_sketches, c.max_new_tokens or (256 if c.two_stage else 32)
+    most = c.max_new_tokens or (256 if c.two_stage else 32)
     brief = c.max_sketch_tokens or (32 if c.two_stage else most)
-    turn = SamplingParams(c.temperature, c.top_p, max_new_tokens=most)
-    sketch = dataclasses.replace(turn, max_new_tokens=brief)
+    sketch, turn = (SamplingParams(c.temperature, c.top_p, max_new_tokens=limit) for limit in (brief, most))
+    n, explorer = c.num_sketches, policy.explorer(question)
     plan = sesa.Plan(num_sketches=n, group_size=n, sketch_params=sketch, solution_params=turn)
-    explorer = policy.explorer(question)
     iid = ask(explorer, dataclasses.replace(plan, method="grpo"), c.seed)
-    width = max(16, shutil.get_terminal_size().columns // 2 - 4)
-    places = count()
+    width, places = max(16, shutil.get_terminal_size().columns // 2 - 4), count()
 
     def beside(text: str) -> None:
         i = next(places) % n
-        left, right = one_line(text, width), one_line(iid[i]["text"], width)
-        print(f"{i + 1:3}  {left:{width}} {right}", flush=True)
+        print(f"{i + 1:3}  {one_line(text, width):{width}} {one_line(iid[i]['text'], width)}", flush=True)
 
     if not c.json:
         print(f"     {'in sequence':{width}} i.i.d.")
@@ -1493,7 +1433,7 @@ def answer(config: Config) -> None:
     different = {kind: len({a["key"] for a in answers} - {None}) for kind, answers in found.items()}
     if c.json:
         given = dict(question=question.text, model=c.model, seed=c.seed, different=different)
-        return print(json.dumps(given | found, ensure_ascii=False))
+        return print(json_line(given | found), end="")
     for solution in found["sequential"] if c.two_stage else ():
         beside(solution["text"])
     print(f"different: {different['sequential']} of {n} in sequence, {different['iid']} of {n} i.i.d.")
@@ -1530,17 +1470,18 @@ def write_rollouts(folder: Path) -> None:
     (folder / "figures" / "rollouts.html").write_text(page.replace("@@RECORDS@@", records), encoding="utf-8")
 
 
+ASIDE = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}  # flags in which runs may differ and be alike
+
+
 def compare(config: Config) -> None:
     """--compare: runs side by side, those that differ in nothing but the seed as one."""
     path = Path(config.output_dir or ".") / "compare.png"
     if path.exists():
         raise UserError(f"{path} exists: move it, or give another --output_dir")
-    aside = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}
-    groups = {}
+    groups, standard = {}, json.loads(json.dumps(vars(Config())))
     for name in config.compare:
         flags, rows = read_run(Path(name))
-        flags = json.loads(json.dumps(dataclasses.asdict(Config()))) | flags
-        kept = {name: value for name, value in flags.items() if name not in aside}
+        kept = {name: value for name, value in (standard | flags).items() if name not in ASIDE}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
     flags = [json.loads(key) for key in groups]
     differ = [name for name in flags[0] if any(other.get(name) != flags[0][name] for other in flags)]
@@ -1606,23 +1547,20 @@ def flat(row: dict, above: str = "") -> dict[str, float]:
 
 def model_card(run: Run, state: dict) -> str:
     """README.md of a checkpoint, from data/model_card.md."""
-    c, template = run.config, Path(__file__).parent / "data" / "model_card.md"
-    basic = ("task", "task_options", "method", "model")
-    usual = vars(derived(Config(**{name: getattr(c, name) for name in basic}), run.task))
-    given, aside = {}, {"seed", *RunFolder.FREE} - {"steps"}
-    for name, value in vars(c).items():
-        if name in basic or name not in aside and value != usual[name]:
-            given[f"--{name}"] = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    c, usual = run.config, vars(Config())
+    given = {f"--{name}": value for name, value in vars(c).items() if name not in ASIDE and value != usual[name]}
+    given = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in given.items()}
     hub = c.model != "tiny" and not Path(c.model).exists()
     base, last = (brief(state[which], c.num_sketches) for which in ("base", "last"))
     rows = [f"| {name} | {base.get(name, math.nan):.3f} | {value:.3f} |" for name, value in last.items()]
-    values = vars(c) | state | dict(
+    template = Path(__file__).parent / "data" / "model_card.md"
+    return template.read_text(encoding="utf-8").format(
+        **vars(c) | state,
         base_model=f"base_model: {c.model}\n" if hub else "",
-        given=" ".join(f"{name} {value}" for name, value in given.items() if value),
+        given=" ".join(f"{name} {value}" for name, value in given.items()),
         asked="--two_stage" * run.task.two_stage,
         measures="\n".join(rows),
-    )  # fmt: skip
-    return template.read_text(encoding="utf-8").format(**values)
+    )
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
@@ -1659,40 +1597,34 @@ def patience(doing: str) -> Iterator[None]:
 
 def describe(config: Config, task: tasks.Task) -> None:
     """--dry_run: every value, and the sizes that follow from them."""
-    limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    limits = task.tiny_tokens if config.model == "tiny" else limits
-    sketch = config.max_sketch_tokens or limits["sketch"]
-    turn = config.max_new_tokens or limits["solution"]
-    solution = turn * task.max_turns if task.two_stage else sketch
-    grpo, answers = config.method == "grpo", config.num_direct + config.num_sketches * config.num_solutions
-    answers = config.group_size if grpo else answers
-    drafts = 0 if grpo or not task.two_stage else config.num_sketches * sketch
+    name, ranks = config.model, int(os.environ.get("WORLD_SIZE", 1))
+    policy = tiny_policy(config, task) if name == "tiny" else load_policy(name, task, config.prompts, weights=False)
+    limits, answers, k = policy.token_limits(config), group_answers(config), config.num_sketches
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    config = filled(config, micro_batch_tokens=fitting_tokens(policy.model, config, on_gpu))
+    solution, drafts = limits["sketch"], 0
+    if task.two_stage:
+        solution, drafts = limits["solution"] * task.max_turns, k * limits["sketch"] * (config.method == "sesa")
+    tokens = config.problems_per_step * (answers * solution + drafts)
     sizes = dict(
-        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+        ranks=ranks,
         answers_per_step=config.problems_per_step * answers,
-        most_tokens_per_step=config.problems_per_step * (answers * solution + drafts),
+        most_tokens_per_step=tokens,
         updates=config.steps * config.minibatches,
         floor=task.floor(),
         ceiling=task.ceiling(),
     )
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    for name, value in (vars(config) | sizes).items():
+        print(f"  {name:24}{value}")
+    longest = solution * k if chain_credit(config, task) else solution
+    parts = memory(policy.model, config, tokens, longest, ranks, on_gpu)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpu:
         there = torch.cuda.get_device_properties(0).total_memory
-    if config.model == "tiny":
-        model = tiny_policy(config, task).model
-    else:
-        model = load_policy(config.model, task, config.prompts, weights=False).model
-    config = filled(config, dict(micro_batch_tokens=fitting_tokens(model, config, on_gpu)))
-    for name, value in (dataclasses.asdict(config) | sizes).items():
-        print(f"  {name:24}{value}")
-    longest = solution if grpo or task.two_stage else sketch * config.num_sketches
-    parts = memory(model, config, sizes["most_tokens_per_step"], longest, sizes["ranks"], on_gpu)
-    parts |= dict(together=sum(parts.values()), there_are=there)
     print("memory of each rank, GB")
-    for name, size in parts.items():
+    for name, size in (parts | dict(together=sum(parts.values()), there_are=there)).items():
         print(f"  {name:24}{size / 1e9:.3f}")
-    if parts["together"] > there:
+    if sum(parts.values()) > there:
         print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
@@ -1719,10 +1651,11 @@ def token_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, in
     """Bytes that a token keeps for the backward (counted on Llama, in fp32) and in the cache, and those of a chunk of
     logits with the reference's and their gradient."""
     shape, vocabulary = model.config, model.config.vocab_size
-    layers, width = shape.num_hidden_layers, shape.hidden_size
-    size = getattr(shape, "head_dim", None) or width // shape.num_attention_heads
-    keys = size * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
-    layer = 8 * width + 4 * (getattr(shape, "intermediate_size", None) or 4 * width) + 2 * keys
+    layers, width, heads = shape.num_hidden_layers, shape.hidden_size, shape.num_attention_heads
+    inner = getattr(shape, "intermediate_size", None) or 4 * width
+    keys = getattr(shape, "head_dim", None) or width // heads
+    keys *= getattr(shape, "num_key_value_heads", None) or heads
+    layer = 8 * width + 4 * inner + 2 * keys
     kept = layers * width + layer if config.gradient_checkpointing else layers * layer
     chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
     return 4 * kept, (2 if on_gpu else 4) * 2 * keys * layers, 12 * chunk * vocabulary
@@ -1738,10 +1671,8 @@ def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
 def show(config: Config, task: tasks.Task) -> None:
     """--show N: what the task looks like to a policy, and how it scores."""
     tasks.show(task, config.show)
-    problem = task.problems("train", config.seed)[0]
-    prompts = sesa.default_prompts(config.model == "tiny", task.two_stage)
-    prompts = load_prompts(config.prompts, prompts)
-    explorer = sesa.Explorer(None, task, None, prompts)
+    prompts = load_prompts(config.prompts, sesa.default_prompts(config.model == "tiny", task.two_stage))
+    explorer, problem = sesa.Explorer(None, task, None, prompts), task.problems("train", config.seed)[0]
     for name in ("direct", "sketch", "next", "solve") if task.two_stage else ("sketch", "next"):
         text = explorer.text(getattr(prompts, name), problem=problem.text, sketch="<the sketch>")
         print(f"--- prompt '{name}'\n{text}\n")
@@ -1773,8 +1704,9 @@ def report(summary: dict, config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    disable_progress_bar()  # those of transformers, for every load and save
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, as wanted
+    transformers.utils.logging.disable_progress_bar()  # for every load and save
+    # one process, as wanted; the new name is not yet in every version that we take
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|`gradient_checkpointing_enable` is deprecated")
     with user_errors():
         if config.ask is not None or config.compare:
             return compare(config) if config.compare else answer(config)
@@ -1792,7 +1724,7 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
     """All of a run: from its folder, and to it."""
     with user_errors():
         torch.manual_seed(config.seed)
-        state = folder.open()
+        state = folder.ranks.first(folder.open)
         run = Run(config, task, starting_policy(config.model, config, task, folder.ranks), folder.ranks)
         run.explorer.check_problems(run.problems, run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
@@ -1801,7 +1733,7 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
             state["seconds"] = time.perf_counter() - began
         else:
             run.load(folder.checkpoint(state["step"]))
-        folder.start(state["step"])
+        folder.ranks.first(lambda: folder.start(state["step"]))
     if not config.eval_only:
         quiet = dataclasses.replace(config, report_to="none")
         with reporting(config if folder.ranks.rank == 0 else quiet, state["step"]) as log:
