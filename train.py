@@ -745,11 +745,7 @@ class Run:
         return rule | dict(baseline=c.baseline, repeats=c.repeats, rarity=c.rarity, pass_k=pass_k)
 
     def plan(self, temperature: float, top_p: float = 1.0, **changes) -> sesa.Plan:
-        names = ("method", "num_sketches", "num_solutions", "group_size", "num_direct", "explore", "sketches")
-        given = {name: getattr(self.config, name) for name in names}
-        for kind, limit in self.limits.items():
-            given[f"{kind}_params"] = SamplingParams(temperature, top_p, max_new_tokens=limit)
-        return sesa.Plan(**given | changes)
+        return plan_of(self.config, self.limits, temperature, top_p, **changes)
 
     @torch.no_grad()
     def refresh_actor(self) -> None:
@@ -804,6 +800,14 @@ class Run:
         )
 
 
+def plan_of(config: Config, limits: dict[str, int], temperature: float, top_p: float, **changes) -> sesa.Plan:
+    names = ("method", "num_sketches", "num_solutions", "group_size", "num_direct", "explore", "sketches")
+    given = {name: getattr(config, name) for name in names}
+    for kind, limit in limits.items():
+        given[f"{kind}_params"] = SamplingParams(temperature, top_p, max_new_tokens=limit)
+    return sesa.Plan(**given | changes)
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -856,7 +860,7 @@ def update(
     policy.train()
     if config.minibatches > 1 or config.sketch_context == "is":
         old_log_probs(policy, [row for _, row in rows], config, ranks)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+    parameters = list(policy.parameters())
     sums, norms, skipped = Counter(), [], 0
     for b in range(config.minibatches):
         mine = [row for place, row in rows if place % config.minibatches == b]
@@ -1036,13 +1040,10 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
         room = f"it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
     if ranks.rank == 0:
-        for file in (*temporary.rglob("*"), temporary):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        os.sync()
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-    ranks.barrier()
+    ranks.gather([])  # no rank goes on before
 
 
 def damaged(folder: Path, error: BaseException) -> UserError:
@@ -1137,9 +1138,13 @@ class RunFolder:
             file.write_text("".join(map(json_line, kept)), encoding="utf-8")
 
     def append(self, name: str, *rows: dict) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.rank > 0:
+            return
+        try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.writelines(map(json_line, rows))
+        except OSError as error:
+            raise UserError(f"{self.path / name}: {error.strerror}; make room, and go on with --resume") from None
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step}"
@@ -1169,7 +1174,6 @@ class RunFolder:
             for step in self.checkpoints()[: -self.config.keep_checkpoints]:
                 if step != state["best_step"]:
                     shutil.rmtree(self.checkpoint(step))
-        self.ranks.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1266,10 +1270,6 @@ class Ranks:
         model.inside = lambda function, *args: function(model, *args)
         register_fsdp_forward_method(model, "inside")
         return model
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 def unsharded(tensor: Tensor) -> Tensor:
@@ -1414,11 +1414,10 @@ def answer(config: Config) -> None:
     ranks = Ranks.start(c.device)
     policy = starting_policy(c.model, c, question, ranks)
     policy.model.to(ranks.device)
-    most = c.max_new_tokens or (256 if c.two_stage else 32)
-    brief = c.max_sketch_tokens or (32 if c.two_stage else most)
-    sketch, turn = (SamplingParams(c.temperature, c.top_p, max_new_tokens=limit) for limit in (brief, most))
+    if not c.two_stage:  # the sketches are the answers
+        c = filled(c, max_sketch_tokens=c.max_new_tokens)
     n, explorer = c.num_sketches, policy.explorer(question)
-    plan = sesa.Plan(num_sketches=n, group_size=n, sketch_params=sketch, solution_params=turn)
+    plan = plan_of(c, policy.token_limits(c), c.temperature, c.top_p, method="sesa", group_size=n)
     iid = ask(explorer, dataclasses.replace(plan, method="grpo"), c.seed)
     width, places = max(16, shutil.get_terminal_size().columns // 2 - 4), count()
 
@@ -1500,37 +1499,34 @@ def compare(config: Config) -> None:
 @contextmanager
 def reporting(config: Config, step: int) -> Iterator[Callable[[dict, Sequence[dict]], None]]:
     """log(row of metrics.jsonl, records of samples.jsonl) to where --report_to says; goes on after `step`."""
-    name, flags = config.report_to, dataclasses.asdict(config)
+    name = config.report_to
     if name == "none":
         yield lambda row, records: None
-        return
-    if name == "tensorboard":
+    elif name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1)
-        writer.add_hparams({flag: str(value) for flag, value in flags.items()}, {}, run_name=".")
-        close = writer.close
+        def log(row: dict, records: Sequence[dict]) -> None:
+            for measure, value in flat(row).items():
+                writer.add_scalar(measure, value, row["step"])
+            writer.add_text("samples", "\n".join(map(json_line, records)), row["step"])
+
+        with SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1) as writer:
+            flags = {flag: str(value) for flag, value in vars(config).items()}
+            writer.add_hparams(flags, {}, run_name=".")
+            yield log
     else:  # these two have one interface, but for wandb's id, by which it knows a run
-        tracker, own = importlib.import_module(name), str(config.output_dir).strip("./").replace("/", "-")
+        tracker, own = importlib.import_module(name), config.output_dir.strip("./").replace("/", "-")
         known = dict(name=own, id=own) if name == "wandb" else dict(name=own)
-        tracker.init(project="sesa", config=flags, resume="allow", **known)
-        close = tracker.finish
 
-    def log(row: dict, records: Sequence[dict]) -> None:
-        values, step = flat(row), row["step"]
-        texts = [json.dumps(record, ensure_ascii=False) for record in records]
-        if name == "tensorboard":
-            for measure, value in values.items():
-                writer.add_scalar(measure, value, step)
-            writer.add_text("samples", "\n\n".join(texts), step)
-        else:
-            table = tracker.Table(columns=["record"], data=[[text] for text in texts])
-            tracker.log(values | dict(samples=table), step=step)
+        def log(row: dict, records: Sequence[dict]) -> None:
+            table = tracker.Table(columns=["record"], data=[[json_line(r)] for r in records])
+            tracker.log(flat(row) | dict(samples=table), step=row["step"])
 
-    try:
-        yield log
-    finally:
-        close()
+        tracker.init(project="sesa", config=vars(config), resume="allow", **known)
+        try:
+            yield log
+        finally:
+            tracker.finish()
 
 
 def flat(row: dict, above: str = "") -> dict[str, float]:
@@ -1722,10 +1718,11 @@ def main(config: Config) -> None:
 
 def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
     """All of a run: from its folder, and to it."""
+    ranks, path = folder.ranks, folder.path
     with user_errors():
         torch.manual_seed(config.seed)
-        state = folder.ranks.first(folder.open)
-        run = Run(config, task, starting_policy(config.model, config, task, folder.ranks), folder.ranks)
+        state = ranks.first(folder.open)
+        run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
         run.explorer.check_problems(run.problems, run.plan(config.temperature))
         if state is None:  # nothing is written before all that can be wrong with the input has been seen
             began, base = time.perf_counter(), evaluate(run) if config.eval_first else None
@@ -1733,17 +1730,17 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
             state["seconds"] = time.perf_counter() - began
         else:
             run.load(folder.checkpoint(state["step"]))
-        folder.ranks.first(lambda: folder.start(state["step"]))
+        ranks.first(lambda: folder.start(state["step"]))
     if not config.eval_only:
-        quiet = dataclasses.replace(config, report_to="none")
-        with reporting(config if folder.ranks.rank == 0 else quiet, state["step"]) as log:
+        reported = config if ranks.rank == 0 else dataclasses.replace(config, report_to="none")
+        with reporting(reported, state["step"]) as log:
             run.train(folder, state, log)
-    if folder.ranks.rank == 0:
+    if ranks.rank == 0:
         summary = run.summary(state)
-        (folder.path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
+        (path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
         levels = () if task.targets else (task.floor(), task.ceiling())
-        draw({config.method: [read_run(folder.path)[1]]}, folder.path / "figures" / "training.png", levels)
-        write_rollouts(folder.path)
+        draw({config.method: [read_run(path)[1]]}, path / "figures" / "training.png", levels)
+        write_rollouts(path)
         report(summary, config)
         if config.push_to_hub:
             push(config.push_to_hub, folder, state["best_step"])

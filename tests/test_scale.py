@@ -341,6 +341,27 @@ def test_a_full_disk_ends_with_one_line_and_keeps_the_checkpoint_before(tmp_path
     assert [row["step"] for row in rows(out)] == list(range(1, 7))
 
 
+def test_a_disk_that_is_full_of_metrics_ends_with_one_line(alone, tmp_path, monkeypatch):
+    append, (soft, hard) = train.RunFolder.append, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(folder, name, *rows):
+        file = folder.path / name
+        if rows and rows[0]["step"] == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 20, hard))
+        append(folder, name, *rows)
+
+    monkeypatch.setattr(train.RunFolder, "append", full)
+    out = tmp_path / "run"
+    try:
+        with pytest.raises(train.UserError, match="metrics.jsonl: File too large; make room, and go on with --resume"):
+            main(Config(**RESUMED, output_dir=str(out)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    main(Config(**RESUMED, resume=True, output_dir=str(out)))
+    assert_same(rows(out), rows(alone / "resumed-1"), 0)
+
+
 def test_a_second_ctrl_c_during_a_save_leaves_whole_checkpoints_only(alone, tmp_path, monkeypatch):
     save = train.dcp.save
 
