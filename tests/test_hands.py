@@ -239,7 +239,7 @@ def test_the_page_in_a_browser(page):
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         tab, errors = browser.new_page(), []
-        tab.on("pageerror", errors.append)
+        tab.on("pageerror", lambda error: errors.append(error))
         tab.goto(page.as_uri())
         assert tab.title() == "Rollouts" and not errors
         assert tab.locator("h2").all_inner_texts() == ["one", EVIL.rstrip()] or tab.locator("h2").count() == 2
