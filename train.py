@@ -312,22 +312,17 @@ def user_errors() -> Iterator[None]:
 
 
 def resolve(config: Config, task: tasks.Task) -> Config:
-    """The config as `derived`, checked: value, rule, remedy."""
-    config = derived(config, task)
-    check((*ranges(config), *rules(config, task)))
-    return config
-
-
-def derived(config: Config, task: tasks.Task) -> Config:
-    """The config with every None that has a derived value filled in."""
+    """The config with every None that has a derived value filled in, checked."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
     defaults |= {} if is_tiny(config.model) else PRETRAINED
     defaults |= {} if config.kl_coef is None else dict(kl_coef_end=config.kl_coef)
     folder = f"runs/{re.sub(r'[^0-9A-Za-z]', '_', config.task)}-{config.method}-{config.seed}"
     config = filled(config, output_dir=folder + "-eval" * config.eval_only, **defaults)
-    answers = config.num_direct + config.num_sketches * config.num_solutions
-    return filled(config, group_size=answers, kl_coef_end=config.kl_coef, pass_k_end=config.pass_k)
+    rest = dict(group_size=group_answers(config), kl_coef_end=config.kl_coef, pass_k_end=config.pass_k)
+    config = filled(config, **rest)
+    check((*ranges(config), *rules(config, task)))
+    return config
 
 
 def check(verdicts: Iterable[tuple[bool, str]]) -> None:
@@ -349,7 +344,7 @@ def filled(config: Config, **defaults) -> Config:
 def group_answers(config: Config) -> int:
     """Answers of a group: i.i.d., or direct and through sketches."""
     mixed = config.num_direct + config.num_sketches * config.num_solutions
-    return config.group_size if config.method == "grpo" else mixed
+    return config.group_size or mixed if config.method == "grpo" else mixed
 
 
 POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import runpy
 import shutil
@@ -28,6 +29,7 @@ import rl
 import sesa
 import tasks
 import train
+from sampler import Completion
 from train import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -669,6 +671,31 @@ def test_a_short_warm_start_beats_the_random_policy(tmp_path):
     out = run(tmp_path / "run", **options, eval_only=True, eval_problems=256, eval_samples=8, eval_k=(1,))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["success"] > summary["floor"] + 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [("frozenlake", "slippery=false"), ("countdown", "difficulty=easy")])
+def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
+    """Of the other puzzles experiments/LOG.md tells: there it does not."""
+    task = tasks.make_task(name, **train.parse_options([options]))
+    config = train.resolve(Config(task=name, task_options=(options,), warm_start_steps=500), task)
+    policy = train.starting_policy("tiny", config, task, train.Ranks(0, 1, torch.device("cpu")))
+    explorer, problems = policy.explorer(task), [task.problems("validation", 0)[i] for i in range(128)]
+    plan = train.plan_of(config, policy.token_limits(config), 1.0, 1.0, num_solutions=4)
+    rng = random.Random(0)
+    written = [explorer.chat.encode(task.demonstrate(problem, rng).sketches[0]) for problem in problems]
+    drafts = [Completion(ids + policy.stop_ids[:1], [], "stop") for ids in written]
+
+    def success(draws: list) -> float:
+        found = explorer.sampler.run(draws)
+        explorer.roots.clear()
+        return fmean(t.outcomes[0].success for trajectories in found for t in trajectories)
+
+    def after(drafts: list) -> float:
+        return success([explorer.solve(p, [d], plan, (0, p.index)) for p, d in zip(problems, drafts, strict=True)])
+
+    without = success([explorer.direct(p, plan, (0, p.index), range(4)) for p in problems])
+    assert after(drafts) > 1.4 * without and after(drafts[1:] + drafts[:1]) < without
 
 
 # ---------------------------------------------------------------------------------------------------------------------
