@@ -99,7 +99,7 @@ class MethodFlags:
     """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
     """what the loss conditions on: keep the sketch; drop it, or with importance weights, wins only; keep + imitate"""
-    distill_coef: float = 1.0
+    distill_coef: float = 0.3
     """weight of imitate in distill"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None
     """divide by the group's std, do not, leave-one-out baseline, or the pass@k advantage"""
@@ -284,7 +284,7 @@ from sampler import Sampler, SamplingParams, output_scaling
 # what a tiny policy needs by experiments/LOG.md.
 ANSWERS = dict(
     steps=400, problems_per_step=16, num_sketches=16,
-    sketch_context="keep", advantage_scale="none", repeats="zero", rarity=0.5,
+    sketch_context="distill", advantage_scale="none", repeats="zero", rarity=0.5,
     kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, micro_batch_tokens=16384,
     warm_start_steps=1000, warm_start_lr=3e-3, eval_samples=1000,
 )  # fmt: skip

@@ -35,18 +35,21 @@ RECOVER = "--steps 150 --eval_every 50 --checkpoint_every 50 --learning_rate 3e-
 ALONE = f"{RECOVER} --kl_coef 0"
 ANCHORED = f"{RECOVER} --reference tiny"
 EVERY = "--steps 400 --eval_every 25 --checkpoint_every 25 --keep_checkpoints 99"
+DISTILL = "--sketch_context distill --distill_coef 1"
+KEEP = "--sketch_context keep"
 BASE = "--steps 400 --eval_every 100 --checkpoint_every 100"
 
 # stage: {arm: (flags, what it is, start: (arm of `base`, step) or None)}
 LAST = ("grpo", 400)
 ARMS = {
     "base": {
-        "sesa": (BASE, "**SESA**: chains of 16, each guess sees those before it", None),
-        "sesa-distill": (f"{BASE} --sketch_context distill", "SESA, `distill`: finds taught to the plain prompt", None),
+        "sesa": (BASE, "**SESA**: chains of 16, each guess sees those before it; `distill`, coefficient 0.3", None),
+        "sesa-keep": (f"{BASE} {KEEP}", "SESA, `keep`: trained in the chain only", None),
+        "sesa-distill-1": (f"{BASE} --distill_coef 1", "SESA, `distill`, coefficient 1", None),
+        "sesa-iid": (f"{BASE} {KEEP} --sketches iid", "order control: `keep`, but no guess sees another", None),
+        "sesa-placebo": (f"{BASE} {KEEP} --sketches placebo", "order control: `keep`, each sees another chain's", None),
         "sesa-no-rarity": (f"{BASE} --rarity 0", "SESA, rarity 0 (the plain reward)", None),
         "sesa-long": (f"{BASE} --steps 1000", "SESA, 1,000 steps", None),
-        "sesa-iid": (f"{BASE} --sketches iid", "order control: the same, but no guess sees another", None),
-        "sesa-placebo": (f"{BASE} --sketches placebo", "order control: each guess sees another chain's", None),
         "grpo": (f"{EVERY} {GRPO}", "**GRPO**", None),
         "grpo-lr1e-4": (f"{BASE} {GRPO} --learning_rate 1e-4", "GRPO, learning rate 1e-4", None),
         "grpo-lr1e-3": (f"{BASE} {GRPO} --learning_rate 1e-3", "GRPO, learning rate 1e-3", None),
@@ -60,12 +63,12 @@ ARMS = {
         "grpo-no-kl": (f"{BASE} {GRPO} --kl_coef 0", "GRPO without a KL term", None),
     },
     "recover": {
-        "distill": (f"{ALONE} --sketch_context distill", "**SESA, `distill`**", LAST),
+        "distill": (f"{ALONE} {DISTILL}", "**SESA, `distill`**", LAST),
         "imitate": (f"{ALONE} --sketch_context imitate", "SESA, `imitate`", LAST),
-        "keep": (f"{ALONE} --sketch_context keep", "SESA, `keep`", LAST),
+        "keep": (f"{ALONE} {KEEP}", "SESA, `keep`", LAST),
         "distill-placebo": (
-            f"{ALONE} --sketch_context distill --sketches placebo", "order control: another chain's history", LAST),
-        "iid": (f"{ALONE} --sketches iid", "order control: no history, the same credit", LAST),
+            f"{ALONE} {DISTILL} --sketches placebo", "order control: another chain's history", LAST),
+        "iid": (f"{ALONE} {KEEP} --sketches iid", "order control: no history, the same credit", LAST),
         "grpo-both": (f"{ALONE} {BOTH} --advantage_scale none", "GRPO, both rewards, not divided", LAST),
         "grpo-both-hot": (
             f"{ALONE} {BOTH} --advantage_scale none --temperature 1.2", "the same at temperature 1.2", LAST),
@@ -81,7 +84,7 @@ ARMS = {
         f"{arm}-{start}-{step}": (f"{ALONE} {flags}", f"{title}, from {start} after {step} steps", (start, step))
         for start, step in (("grpo", 25), ("grpo", 50), ("grpo", 100), ("grpo-no-kl", 400))
         for arm, flags, title in (
-            ("distill", "--sketch_context distill", "SESA, `distill`"),
+            ("distill", DISTILL, "SESA, `distill`"),
             ("grpo-both", f"{BOTH} --advantage_scale none", "GRPO, both rewards, not divided"),
         )
     },

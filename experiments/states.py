@@ -75,11 +75,11 @@ ARMS = {
     "base": {
         "grpo": ("--method grpo", "GRPO"),
         "grpo-both": (BOTH, "GRPO, both of SESA's rewards, not divided"),
-        "sesa": ("", "SESA, `keep`"),
-        "sesa-distill": ("--sketch_context distill", "SESA, `distill`"),
+        "sesa": ("--sketch_context keep", "SESA, `keep`"),
+        "sesa-distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
     },
     "recover": {
-        "distill": ("--sketch_context distill", "SESA, `distill`"),
+        "distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
         "imitate": ("--sketch_context imitate", "SESA, `imitate`"),
         "grpo-both": (BOTH, "GRPO, both rewards, not divided"),
         "grpo": ("--method grpo", "GRPO"),

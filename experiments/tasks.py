@@ -35,7 +35,7 @@ ARMS = {
     "grpo-kl0.001": (f"{GRPO} --kl_coef 0.001", "GRPO, KL 0.001"),
     "grpo-kl0.2": (f"{GRPO} --kl_coef 0.2", "GRPO, KL 0.2"),
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
-    "distill": (f"{SESA} --sketch_context distill", "SESA, distill"),
+    "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
     "is": (f"{SESA} --sketch_context is", "SESA, importance weights"),
     "keep": (f"{SESA} --sketch_context keep", "SESA, keep"),

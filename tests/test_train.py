@@ -643,13 +643,13 @@ def test_a_finished_run_can_be_resumed_for_more_steps(toys, tmp_path):
 
 @pytest.mark.slow
 def test_golden_first_losses_of_the_main_job(tmp_path):
-    """The default config after a short warm start, with so many treasures that it hits some from the first step.
+    """Chains, trained as they were drawn, after a short warm start, with so many treasures that some are hit at once.
 
     Slow, so that .ci/run alone runs it: another processor rounds otherwise, and 60 warm-start steps make that visible.
     To make the numbers anew, after a change that is meant to change them, print `found` below.
     """
     options = dict(task_options=("treasures=3000",), warm_start_steps=60, warm_start_batch=16, steps=5)
-    out = run(tmp_path / "run", **options, eval_samples=16, eval_k=(1,))
+    out = run(tmp_path / "run", **options, sketch_context="keep", eval_samples=16, eval_k=(1,))
     found = [(row["loss"], row["grad_norm"], row["reward"]) for row in rows(out)]
     for ours, golden in zip(found, GOLDEN, strict=True):
         assert ours == pytest.approx(golden, rel=1e-3, abs=1e-6), found
