@@ -1,5 +1,6 @@
 """Asking, comparing, looking, publishing, forking: what a person does with a policy beside training it."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -57,7 +58,7 @@ def chat_model(tmp_path_factory) -> str:
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("chat")
@@ -111,6 +112,13 @@ def test_every_answer_of_a_chain_sees_those_before_it(chat_model):
     assert sum(ids == [again] or ids[0][-len(again):] == again for ids in seen) == 2
 
 
+def test_the_five_lines_of_the_readme(chat_model, capsys):
+    [block] = re.findall(r"```python\n(from sesa import Plan\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    block = block.replace("Qwen/Qwen2.5-0.5B-Instruct", chat_model).replace("a U.S. state", "a fruit")
+    exec(compile(block, "readme.py", "exec"), {})
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 8
+
+
 def test_a_question_from_stdin(chat_model, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Name a fruit.\n"))
     train.main(train.Config(ask="-", model=chat_model, json=True, num_sketches=2))
@@ -124,7 +132,7 @@ def test_a_question_from_stdin(chat_model, capsys, monkeypatch):
         (dict(ask="Name a fruit.", model="tiny"), "--model tiny: question has no closed vocabulary"),
         (dict(ask="Name a fruit.", num_sketches=0), "--num_sketches 0: must be above 0"),
         (dict(ask="Name a fruit.", top_p=0.0), "top_p=0.0: must be in (0, 1]"),
-        (dict(ask="Name a fruit.", max_new_tokens=4000), "the model has 512 positions"),
+        (dict(ask="Name a fruit.", max_new_tokens=4000), "the model has 1024 positions"),
         (dict(ask="Name a vegetable."), "has words that the model has no tokens for"),
     ],
 )  # fmt: skip

@@ -21,15 +21,14 @@ MODULES = ("sesa", "train", "rl", "sampler", "kernels", "tasks")
 
 def code_lines(path: Path) -> tuple[int, int]:
     """(lines with code on them: no blank lines, comments or docstrings; their characters)"""
-    empty = {
-        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-        tokenize.ENDMARKER,
-    }  # fmt: skip
     lines, at_start, text = set(), True, path.read_text(encoding="utf-8")
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if not (token.type == tokenize.STRING and at_start) and token.type not in empty:
-            lines.update(range(token.start[0], token.end[0] + 1))
-        at_start = token.type in empty
+        if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):  # of a logical line, not inside brackets
+            at_start = True
+        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            if not (token.type == tokenize.STRING and at_start):
+                lines.update(range(token.start[0], token.end[0] + 1))
+            at_start = False
     return len(lines), sum(len(text.splitlines()[i - 1].strip()) for i in lines)
 
 
