@@ -32,7 +32,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from itertools import accumulate, count, islice, permutations, product
 from math import isqrt
 from operator import add, contains, eq, itemgetter, mul, sub, truediv
@@ -81,12 +81,11 @@ def judged(key: Hashable, reward: float) -> Outcome:
     return Outcome(float(reward), reward == 1, key, True) if key else NOTHING
 
 
-@dataclass
 class Problems(Sequence):
     """Problems made on demand; generated tasks and records go on beyond `len`, records with the next epoch."""
 
-    make: Callable[[int], Problem]
-    size: int
+    def __init__(self, make: Callable[[int], Problem], size: int):
+        self.make, self.size = make, size
 
     def __len__(self):
         return self.size
@@ -98,13 +97,11 @@ class Problems(Sequence):
         return map(self.make, range(self.size))
 
 
-@dataclass
 class SingleTurn:
     """An episode of one answer: observe() is the problem's text, the first act() decides the outcome."""
 
-    problem: Problem
-    score: Callable[[Any, str], Outcome]
-    result: Outcome | None = None
+    def __init__(self, problem: Problem, score: Callable[[Any, str], Outcome]):
+        self.problem, self.score, self.result = problem, score, None
 
     def observe(self) -> str:
         return self.problem.text
@@ -181,19 +178,19 @@ class Task:
         """Success rate of a solver on the same problems, computed once and cached."""
         return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
 
-    def measured(self, what: str, rate: Callable[[Problem, random.Random], float]) -> float:
+    def measured(self, what: str, rate: Callable) -> float:
         """The mean of rate(problem, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
         recipe = Path(__file__).read_text(), inspect.getsource(type(self)), str(self)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa"
-        file = folder / f"{what}-{share_of(recipe)}.json"
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        file = Path(caches, "sesa", f"{what}-{share_of(recipe)}.json")
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
         rng = random.Random(0)
         result = fmean(rate(p, rng) for p in islice(self.problems("validation", 0), 2000))
         # a cache that cannot be written only costs time
         with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(str(result))
         return result
 
@@ -208,8 +205,8 @@ def share_of(canonical: Hashable) -> float:
 
 def check_range(task: Task, **limits: tuple[float, float]):
     for option, (low, high) in limits.items():
-        if not low <= getattr(task, option) <= high:
-            raise ValueError(f"{task.name}: {option} {getattr(task, option)}: must be between {low} and {high}")
+        if not low <= (value := getattr(task, option)) <= high:
+            raise ValueError(f"{task.name}: {option} {value}: must be between {low} and {high}")
 
 
 def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
@@ -325,10 +322,6 @@ SIGNS = {ast.Add: "+-", ast.Sub: "-+", ast.Mult: "*/", ast.Div: "/*"}
 DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
-def as_pool(numbers: Sequence[int]) -> list[tuple[int, str]]:
-    return [(number, str(number)) for number in numbers]
-
-
 def combinations(pool: list[tuple[int, str]], top: int) -> Iterator[tuple[list, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
     for i, j in permutations(range(len(pool)), 2):
@@ -344,7 +337,7 @@ def combinations(pool: list[tuple[int, str]], top: int) -> Iterator[tuple[list, 
 
 def combine_at_random(numbers: Sequence[int], top: int, rng: random.Random) -> tuple[int, str]:
     """(value, text) of random combinations that use up all numbers."""
-    pool = as_pool(numbers)
+    pool = [(n, str(n)) for n in numbers]
     while len(pool) > 1:
         pool, _ = rng.choice(list(combinations(pool, top)))
     return pool[0][0], pool[0][1][2:-2]
@@ -364,14 +357,15 @@ def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict
         for shorter, step in combinations(pool, top):
             yield from solutions(shorter, f"{steps} {step}")
 
-    firsts = combinations(as_pool(numbers), top)
+    firsts = combinations([(n, str(n)) for n in numbers], top)
     return {step: next(solutions(shorter, step), None) for shorter, step in firsts}
 
 
 def parse_expression(text: str) -> ast.expr | None:
     """The syntax tree of whole numbers joined by + - * / and brackets; None for anything else. Nothing is evaluated."""
     text = " ".join(text.translate(str.maketrans("×÷−", "*/-")).split())
-    allowed = ast.BinOp, ast.Constant, *OPERATORS  # an operator is a node of its own
+    # an operator is a node of its own
+    allowed = ast.BinOp, ast.Constant, *OPERATORS
     with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
         if re.fullmatch(r"[0-9+*/() -]{1,256}", text):
             tree = ast.parse(text, mode="eval").body
@@ -420,15 +414,16 @@ class Countdown(Task):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-        numbers = map(str, range(1, self.top + 1))
-        self.words = [*"Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) =".split(), *numbers]
+        fixed = "Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) ="
+        self.words = [*fixed.split(), *map(str, range(1, self.top + 1))]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
-        target, _ = combine_at_random(numbers, self.top, rng)  # so it can be reached
-        if target in numbers or not keep((sorted(numbers), target)):
-            return None
-        return f"Numbers: {' '.join(map(str, numbers))} Target: {target}", (tuple(numbers), target)
+        # so that it can be reached
+        target, _ = combine_at_random(numbers, self.top, rng)
+        if target not in numbers and keep((sorted(numbers), target)):
+            shown = " ".join(map(str, numbers))
+            return f"Numbers: {shown} Target: {target}", (tuple(numbers), target)
 
     def score(self, data, text):
         """
@@ -516,6 +511,7 @@ class Grid(Task):
     reward(board, before, after) -> float
     glyph(board, state, cell) -> str            the picture of a cell
     sketch(board, state, plan) -> str           the method of a plan in a few words, "" if there is nothing to say
+    actions, vocabulary, rules, limits          names, all words beside those of the form, text, ranges of the options
     """
 
     size: int = 4
@@ -524,7 +520,6 @@ class Grid(Task):
     max_actions: int = 10
 
     solution_tokens = 400
-    actions, vocabulary, limits = (), "", {}
     steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
@@ -535,7 +530,7 @@ class Grid(Task):
         form = f"Each turn give 1 to {self.turn_actions} of the actions {', '.join(self.actions)}, separated by ||, as"
         self.answer_hint = f"{self.rules} {form} <think> ... </think> <answer> Right || Down </answer>."
 
-    def moves(self, board: str, state: Hashable, action: int) -> list[Hashable]:
+    def moves(self, board, state, action) -> list[Hashable]:
         """The next states that may follow, equally likely."""
         return [self.move(board, state, action)]
 
@@ -545,7 +540,7 @@ class Grid(Task):
         row, column = cell // self.size + down, cell % self.size + right
         return row * self.size + column if 0 <= row < self.size and 0 <= column < self.size else None
 
-    def picture(self, board: str, state: Hashable, left: int) -> str:
+    def picture(self, board, state, left: int) -> str:
         cells = [self.glyph(board, state, cell) for cell in range(self.size**2)]
         return f"{write_grid(cells, self.size)}\n{left} actions left"
 
@@ -566,11 +561,12 @@ class Grid(Task):
     def write_actions(self, actions: Sequence[int]) -> str:
         return write_answer(" || ".join(self.actions[action] for action in actions))
 
-    def plan(self, board: str, state: Hashable, rng: random.Random) -> list[int]:
+    def plan(self, board, state, rng) -> list[int]:
         """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
         say; [] if max_actions are not enough."""
         seen, frontier = {state}, [(state, [])]
-        for before, path in frontier:  # grows while it is read
+        # it grows while it is read
+        for before, path in frontier:
             for action in rng.sample(range(4), 4) if len(path) < self.max_actions else ():
                 after = self.move(board, before, action)
                 if self.ended(board, after):
@@ -583,7 +579,6 @@ class Grid(Task):
     def value(self, board: str, pick: Callable) -> Callable:
         """v(state, n): the exact chance of success within n actions; with pick = max the best policy's, with
         pick = fmean that of a uniformly random one."""
-
         moves = cache(lambda state: [self.moves(board, state, action) for action in range(4)])
 
         @cache
@@ -611,10 +606,12 @@ class Grid(Task):
         plans = [self.plan(board, start, rng) for _ in range(6)]
         wild = [rng.choices(range(4), k=rng.randint(3, self.max_actions)) for _ in range(6)]
         sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
-        episode, turns, certain = self.episode(problem), [], len(self.moves(board, start, 0)) == 1
+        # on slippery ice as few actions a turn as use up all of them
+        certain = len(self.moves(board, start, 0)) == 1
         stride = self.turn_actions if certain else -(-self.max_actions // self.max_turns)
+        episode, turns = self.episode(problem), []
         while not episode.over:
-            plan = plans[0] if not turns else self.plan(board, episode.state, rng)
+            plan = self.plan(board, episode.state, rng) if turns else plans[0]
             turns.append(self.write_actions(plan[:stride] or [0]))
             episode.act(turns[-1])
         return Demonstration(problem, [text for text in sketches if text][:6], turns)
@@ -630,7 +627,8 @@ class Sokoban(Grid):
 
     size: int = 6
     boxes: int = 1
-    density: float = 0.45  # share of walls inside the room
+    # share of walls inside the room
+    density: float = 0.45
 
     name = "sokoban"
     actions = "Up", "Down", "Left", "Right"
@@ -648,10 +646,11 @@ class Sokoban(Grid):
         while len(room) < max(2 * self.boxes + 1, round((1 - self.density) * len(inside))):
             if (to := self.beside(cell, rng.randrange(4))) in inside:
                 room.add(cell := to)
-        player, *rest = rng.sample(sorted(room), 2 * self.boxes + 1)
-        targets, boxes = rest[: self.boxes], rest[self.boxes :]
-        board = "".join("O" if c in targets else "_" if c in room else "#" for c in range(self.size**2))
-        return board, (player, frozenset(boxes))
+        player, *places = rng.sample(sorted(room), 2 * self.boxes + 1)
+        board = ["_" if cell in room else "#" for cell in range(self.size**2)]
+        for target in places[: self.boxes]:
+            board[target] = "O"
+        return "".join(board), (player, frozenset(places[self.boxes :]))
 
     def move(self, board, state, action):
         player, boxes = state
@@ -666,7 +665,7 @@ class Sokoban(Grid):
 
     def reward(self, board, before, after):
         was_on, is_on = ([board[box] for box in boxes].count("O") for _, boxes in (before, after))
-        return -0.1 + is_on - was_on + (10.0 if self.ended(board, after) else 0.0)
+        return -0.1 + is_on - was_on + 10.0 * (is_on == len(after[1]))
 
     def glyph(self, board, state, cell):
         target = board[cell] == "O"
@@ -690,7 +689,8 @@ class FrozenLake(Grid):
     """
 
     slippery: bool = True
-    frozen: float = 0.8  # share of ice
+    # share of ice
+    frozen: float = 0.8
 
     name = "frozenlake"
     # gymnasium's order: neighbours in it are at right angles
@@ -748,7 +748,7 @@ def candidates(grid: Sequence[int], cell: int) -> set[int]:
     return set(range(1, size + 1)).difference(sudoku_peers(size)[cell](grid))
 
 
-def solve_sudoku(grid: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+def solve_sudoku(grid: list[int], rng: random.Random) -> Iterator[list[int]]:
     """All completions of a grid (0: blank) in random order, by search on a blank with the fewest candidates.
 
     >>> next(solve_sudoku([1, 0, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 0], random.Random(0)))
@@ -922,7 +922,7 @@ def plain_math(answer: str) -> str:
     return str(Fraction(text)) if NUMBER.fullmatch(text) else text
 
 
-@lru_cache(maxsize=8)
+@cache
 def shuffled(n: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(n), n)
 
@@ -952,9 +952,8 @@ class Records(Task):
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
             importlib.import_module("math_verify")
         every = read_records(self.train)
-        held_out = [r for r in every if share_of(r.question) < 0.1]
-        if self.validation:
-            held_out = read_records(self.validation)
+        tenth = [r for r in every if share_of(r.question) < 0.1]
+        held_out = read_records(self.validation) if self.validation else tenth
         asked = {r.question for r in held_out}
         train = [r for r in every if r.question not in asked]
         if not train or not held_out:
@@ -962,7 +961,7 @@ class Records(Task):
         self.records = dict(train=train, validation=held_out)
         shown = (self.demonstrate(Problem(0, r.question, r), random) for r in every + held_out)
         texts = (" ".join([p.text, *sketches, *turns]) for p, sketches, turns in shown)
-        self.words = sorted({word for text in texts for word in text.split()})
+        self.words = sorted(set(" ".join(texts).split()))
         longest = max(len(f"{r.worked} {r.answer}".split()) for r in every)
         self.tiny_tokens = dict(sketch=16, solution=5 + longest)
 
@@ -1046,7 +1045,7 @@ def serve_judge(*setup: str):
         print(max(0, os.waitstatus_to_exitcode(status)), file=replies, flush=True)
 
 
-def load_judge(library: str, *config: str) -> Callable[..., float]:
+def load_judge(library: str, *config: str) -> Callable:
     if library == "gym":
         from reasoning_gym import create_dataset
 
@@ -1160,7 +1159,7 @@ def load_class(path: str, name: str) -> type:
     raise ValueError(f"task {path}:{name}: there is no such file or no such class in it")
 
 
-def check_options(name: str, cls: Callable, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:
     """The options of a task by the signature of its class; a command line's text becomes the type of the default."""
     parameters, checked = inspect.signature(cls).parameters, dict(options)
     for option, value in options.items():
