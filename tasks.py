@@ -222,8 +222,7 @@ def write_answer(answer: str, thought: str = "", form: str = "<answer> {} </answ
 
 def write_grid(cells: Sequence[str], size: int) -> str:
     """Words in rows of `size`, a line each."""
-    rows = (cells[at : at + size] for at in range(0, len(cells), size))
-    return "\n".join(" ".join(row) for row in rows)
+    return "\n".join(" ".join(cells[at : at + size]) for at in range(0, len(cells), size))
 
 
 def extract_answer(text: str) -> str:
@@ -322,7 +321,7 @@ SIGNS = {ast.Add: "+-", ast.Sub: "-+", ast.Mult: "*/", ast.Div: "/*"}
 DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
-def combinations(pool: list[tuple[int, str]], top: int) -> Iterator[tuple[list, str]]:
+def combinations(pool: list, top: int) -> Iterator[tuple[list, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
     for i, j in permutations(range(len(pool)), 2):
         (a, left), (b, right) = pool[i], pool[j]
@@ -442,8 +441,7 @@ class Countdown(Task):
         return NOTHING
 
     def guess(self, problem, rng):
-        _, expression = combine_at_random(problem.data[0], self.top, rng)
-        return [write_answer(expression)]
+        return [write_answer(combine_at_random(problem.data[0], self.top, rng)[1])]
 
     def floor(self):
         return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
@@ -647,10 +645,9 @@ class Sokoban(Grid):
             if (to := self.beside(cell, rng.randrange(4))) in inside:
                 room.add(cell := to)
         player, *places = rng.sample(sorted(room), 2 * self.boxes + 1)
-        board = ["_" if cell in room else "#" for cell in range(self.size**2)]
-        for target in places[: self.boxes]:
-            board[target] = "O"
-        return "".join(board), (player, frozenset(places[self.boxes :]))
+        glyphs = dict.fromkeys(room, "_") | dict.fromkeys(places[: self.boxes], "O")
+        board = "".join(glyphs.get(cell, "#") for cell in range(self.size**2))
+        return board, (player, frozenset(places[self.boxes :]))
 
     def move(self, board, state, action):
         player, boxes = state
@@ -830,10 +827,9 @@ class Sudoku(Task):
 
     def demonstrate(self, problem, rng):
         orders = [self.order(problem, rng) for _ in range(6)]
-        sketches = dict.fromkeys(" ".join(self.cells[cell] for cell in order[:8]) for order in orders)
+        sketches = dict.fromkeys(" ".join(self.cells[c] for c in order[:8]) for order in orders)
         steps = " ".join(f"{self.cells[cell]} {problem.data[1][cell]}" for cell in orders[0])
-        turn = write_answer(self.write(problem.data[1]), steps)
-        return Demonstration(problem, list(sketches), [turn])
+        return Demonstration(problem, list(sketches), [write_answer(self.write(problem.data[1]), steps)])
 
 
 # --------------------------------------------------------------- records: JSONL, parquet, hub; exact or mathematical
@@ -858,8 +854,7 @@ def read_records(source: str) -> list[Record]:
 
             rows = read_table(source).to_pylist()
         elif source.endswith((".json", ".jsonl")) or Path(source).exists():
-            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
-            rows = [line.strip() for line in lines]
+            rows = map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
         else:
             from datasets import load_dataset
 
@@ -993,10 +988,6 @@ class Records(Task):
 # ------------------------------------------------------------------ verifiers of other libraries, in a killable process
 
 
-# of a data set, for both splits; some make them all at the start
-GYM_PROBLEMS = 20_000
-
-
 class Judge:
     """A helper process for verifiers whose running time nobody bounds; load_judge(*setup) makes the verifier there.
 
@@ -1041,16 +1032,15 @@ def serve_judge(*setup: str):
             finally:
                 # no clean-up and no traceback: this is a copy of the server
                 os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(max(0, os.waitstatus_to_exitcode(status)), file=replies, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(max(0, status), file=replies, flush=True)
 
 
 def load_judge(library: str, *config: str) -> Callable:
     if library == "gym":
         from reasoning_gym import create_dataset
 
-        name, options = config
-        dataset = create_dataset(name, **json.loads(options))
+        dataset = create_dataset(config[0], **json.loads(config[1]))
         return lambda index, answer: dataset.score_answer(answer, dataset[index])
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -1095,7 +1085,8 @@ class Gym(Task):
         cls, config_cls = DATASETS[self.source]
         if reason := executes_text(cls):
             raise ValueError(f"task {asked}: refused, for its code may run text as a program ({reason})")
-        options = dict(seed=0, size=GYM_PROBLEMS) | check_options(asked, config_cls, self.config)
+        # the size is for both splits; some data sets make all their problems at the start
+        options = dict(seed=0, size=20_000) | check_options(asked, config_cls, self.config)
         self.judge = Judge("gym", self.source, json.dumps(options))
         try:
             self.dataset = create_dataset(self.source, **options)
