@@ -350,14 +350,14 @@ def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict
     {'3 + 5 = 8': ('3 + 5', '3 + 5 = 8'), '3 * 5 = 15': None, '5 - 3 = 2': None}
     """
 
-    def solutions(pool, steps):
-        if [value for value, _ in pool] == [target]:
-            yield pool[0][1][2:-2], steps
-        for shorter, step in combinations(pool, top):
-            yield from solutions(shorter, f"{steps} {step}")
+    def solve(pool, steps):
+        if len(pool) == 1:
+            return (pool[0][1][2:-2], steps) if pool[0][0] == target else None
+        tries = (solve(shorter, f"{steps} {step}") for shorter, step in combinations(pool, top))
+        return next(filter(None, tries), None)
 
-    firsts = combinations([(n, str(n)) for n in numbers], top)
-    return {step: next(solutions(shorter, step), None) for shorter, step in firsts}
+    pool = [(n, str(n)) for n in numbers]
+    return {step: solve(shorter, step) for shorter, step in combinations(pool, top)}
 
 
 def parse_expression(text: str) -> ast.expr | None:
@@ -433,6 +433,7 @@ class Countdown(Task):
         0.1
         """
         numbers, target = data
+        # a claimed value has to be the target; any other = makes no expression
         expression = re.sub(rf"=\s*{target}$", "", extract_answer(text))
         tree, used = parse_expression(expression), re.findall("[0-9]+", expression)
         if tree and sorted(map(int, used)) == sorted(numbers):
@@ -468,7 +469,7 @@ class GridEpisode:
         self.task, (self.board, self.state, seed) = task, problem.data
         # of the ice: equal for all episodes of a problem
         self.rng = random.Random(seed)
-        # was each turn valid?; the actions taken; what they earned
+        # of each turn, was it valid?; the actions carried out; what they earned
         self.turns, self.taken, self.reward = [], [], 0.0
 
     @property
@@ -661,7 +662,7 @@ class Sokoban(Grid):
         return all(board[box] == "O" for box in state[1]) or None
 
     def reward(self, board, before, after):
-        was_on, is_on = ([board[box] for box in boxes].count("O") for _, boxes in (before, after))
+        was_on, is_on = (sum(board[box] == "O" for box in boxes) for _, boxes in (before, after))
         return -0.1 + is_on - was_on + 10.0 * (is_on == len(after[1]))
 
     def glyph(self, board, state, cell):
@@ -950,10 +951,9 @@ class Records(Task):
         tenth = [r for r in every if share_of(r.question) < 0.1]
         held_out = read_records(self.validation) if self.validation else tenth
         asked = {r.question for r in held_out}
-        train = [r for r in every if r.question not in asked]
-        if not train or not held_out:
+        self.records = dict(train=[r for r in every if r.question not in asked], validation=held_out)
+        if not all(self.records.values()):
             raise ValueError(f"{self.train}: {len(every)} records leave none for train or for validation; give more")
-        self.records = dict(train=train, validation=held_out)
         shown = (self.demonstrate(Problem(0, r.question, r), random) for r in every + held_out)
         texts = (" ".join([p.text, *sketches, *turns]) for p, sketches, turns in shown)
         self.words = sorted(set(" ".join(texts).split()))
@@ -1103,6 +1103,7 @@ class Gym(Task):
     def score(self, data, text):
         index, right = data
         answer = extract_answer(text)
+        # an empty answer needs no judge: its key is empty
         reward = answer in ("", right) or self.judge.ask(index, answer)
         return judged(" ".join(answer.split()), reward)
 
