@@ -27,13 +27,13 @@ import random
 import re
 import signal
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, cached_property, lru_cache, partial
-from itertools import count, islice, permutations, product
+from functools import cache, partial
+from itertools import accumulate, count, islice, permutations, product
 from math import isqrt
 from operator import add, contains, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
@@ -41,43 +41,51 @@ from statistics import fmean
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any, NamedTuple
 
-MAX_ANSWER = 4096  # characters; a longer answer is invalid unread
+# characters; a longer answer is invalid unread
+MAX_ANSWER = 4096
 DIVISIONS = Path(__file__).parent / "data" / "china_divisions.tsv"
 
 
 class Problem(NamedTuple):
+    """text: as shown to a policy. data: what the task needs to play and score it."""
+
     index: int
-    text: str  # as shown to a policy
-    data: Any  # what the task needs to play and score it
+    text: str
+    data: Any
 
 
 class Outcome(NamedTuple):
+    """key: canonical form of what was found, equal for equal answers; None if nothing valid was found.
+    valid: everything the policy wrote followed the answer format."""
+
     reward: float
     success: bool
-    key: Hashable | None  # canonical form of what was found, equal for equal answers; None if nothing valid was found
-    valid: bool  # everything the policy wrote followed the answer format
+    key: Hashable | None
+    valid: bool
 
 
 class Demonstration(NamedTuple):
+    """sketches: distinct; the turns follow the first.
+    turns: what the policy writes in one successful episode; [] where the sketches are the answers."""
+
     problem: Problem
-    sketches: list[str]  # distinct; the turns follow the first
-    turns: list[str]  # what the policy writes in one successful episode; [] where the sketches are the answers
+    sketches: list[str]
+    turns: list[str]
 
 
 NOTHING = Outcome(0.0, False, None, False)
 
 
-def judged(key: Hashable, right: bool) -> Outcome:
-    """Of a well-formed answer that is right or wrong."""
-    return Outcome(float(right), right, key, True)
+def judged(key: Hashable, reward: float) -> Outcome:
+    """Of an answer, a success if its reward is 1; NOTHING if its key is empty."""
+    return Outcome(float(reward), reward == 1, key, True) if key else NOTHING
 
 
-@dataclass
 class Problems(Sequence):
     """Problems made on demand; generated tasks and records go on beyond `len`, records with the next epoch."""
 
-    make: Callable[[int], Problem]
-    size: int
+    def __init__(self, make: Callable[[int], Problem], size: int):
+        self.make, self.size = make, size
 
     def __len__(self):
         return self.size
@@ -89,13 +97,11 @@ class Problems(Sequence):
         return map(self.make, range(self.size))
 
 
-@dataclass
 class SingleTurn:
     """An episode of one answer: observe() is the problem's text, the first act() decides the outcome."""
 
-    problem: Problem
-    score: Callable[[Any, str], Outcome]
-    result: Outcome | None = None
+    def __init__(self, problem: Problem, score: Callable[[Any, str], Outcome]):
+        self.problem, self.score, self.result = problem, score, None
 
     def observe(self) -> str:
         return self.problem.text
@@ -117,14 +123,18 @@ class Task:
     """
 
     name = "task"
-    two_stage = True  # False: the sketches are the answers, there is no solution stage
+    # False: the sketches are the answers, there is no solution stage
+    two_stage = True
     max_turns = 1
-    sketch_tokens, solution_tokens = 64, 512  # limits per text for a language model
-    tiny_tokens = dict(sketch=8, solution=32)  # the same for the tiny policy, its stop token included
-    targets: frozenset | None = None  # the keys that Coverage counts, where they are known
+    # limits per text for a language model, and for the tiny policy, its stop token included
+    sketch_tokens, solution_tokens = 64, 512
+    tiny_tokens = dict(sketch=8, solution=32)
+    # the keys that Coverage counts, where they are known
+    targets: frozenset | None = None
     sketch_hint = "a short plan: the approach to take, not the answer"
     answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
-    words: list[str] = []  # the closed vocabulary of all its texts; [] for tasks that have none
+    # the closed vocabulary of all its texts; [] for tasks that have none
+    words: list[str] = []
 
     def problems(self, split: str, seed: int) -> Problems:
         """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone. Half of
@@ -152,13 +162,13 @@ class Task:
 
     def demonstrations(self, rng: random.Random) -> Iterator[Demonstration]:
         """Endless demonstrations on training problems, without those that fail (on slippery ice)."""
-        problems, failed = self.problems("train", rng.getrandbits(32)), 0
+        problems, last = self.problems("train", rng.getrandbits(32)), -1
         for i in count():
             found = self.demonstrate(problems[i], rng)
-            failed = 0 if not found.turns or play(self, found.problem, found.turns).success else failed + 1
-            if not failed:
+            if not found.turns or play(self, found.problem, found.turns).success:
+                last = i
                 yield found
-            elif failed == 1000:
+            elif i == last + 1000:
                 raise ValueError(f"{self}: 1,000 demonstrations in a row failed; choose easier options")
 
     def floor(self) -> float | None:
@@ -168,18 +178,19 @@ class Task:
         """Success rate of a solver on the same problems, computed once and cached."""
         return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
 
-    def measured(self, what: str, rate: Callable[[Problem, random.Random], float]) -> float:
+    def measured(self, what: str, rate: Callable) -> float:
         """The mean of rate(problem, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
-        recipe = f"{Path(__file__).read_text()} {inspect.getsource(type(self))} {self} {what}"
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sesa"
-        file = folder / f"{what}-{hashlib.blake2b(recipe.encode(), digest_size=12).hexdigest()}.json"
+        recipe = Path(__file__).read_text(), inspect.getsource(type(self)), str(self)
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        file = Path(caches, "sesa", f"{what}-{share_of(recipe)}.json")
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
         rng = random.Random(0)
         result = fmean(rate(p, rng) for p in islice(self.problems("validation", 0), 2000))
-        with suppress(OSError):  # a cache that cannot be written only costs time
-            folder.mkdir(parents=True, exist_ok=True)
+        # a cache that cannot be written only costs time
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(str(result))
         return result
 
@@ -194,8 +205,8 @@ def share_of(canonical: Hashable) -> float:
 
 def check_range(task: Task, **limits: tuple[float, float]):
     for option, (low, high) in limits.items():
-        if not low <= getattr(task, option) <= high:
-            raise ValueError(f"{task.name}: {option} {getattr(task, option)}: must be between {low} and {high}")
+        if not low <= (value := getattr(task, option)) <= high:
+            raise ValueError(f"{task.name}: {option} {value}: must be between {low} and {high}")
 
 
 def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
@@ -205,25 +216,24 @@ def play(task: Task, problem: Problem, turns: Sequence[str]) -> Outcome:
     return episode.outcome()
 
 
-def write_answer(answer: str, thought: str = "") -> str:
-    return f"<think> {thought} </think> " * bool(thought) + f"<answer> {answer} </answer>"
+def write_answer(answer: str, thought: str = "", form: str = "<answer> {} </answer>") -> str:
+    return f"<think> {thought} </think> " * bool(thought) + form.format(answer)
 
 
-def write_grid(cells: Sequence[str]) -> str:
-    """A square of words, a line for each row."""
-    size = isqrt(len(cells))
+def write_grid(cells: Sequence[str], size: int) -> str:
+    """Words in rows of `size`, a line each."""
     return "\n".join(" ".join(cells[at : at + size]) for at in range(0, len(cells), size))
 
 
-def extract_answer(text: str) -> str | None:
-    """What stands in the last complete <answer>...</answer>; None without one, or if it is over 4 KB.
+def extract_answer(text: str) -> str:
+    """What stands in the last complete <answer>...</answer>; "" without one, or if it is over 4 KB.
 
     >>> extract_answer("<think> 1 + 1 </think> <answer> 2 </answer>")
     '2'
     """
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0)) + len("<answer>")
-    return text[start:end].strip() if start >= len("<answer>") and end - start <= MAX_ANSWER else None
+    before, _, _ = text.rpartition("</answer>")
+    _, opened, answer = before.rpartition("<answer>")
+    return answer.strip() if opened and len(answer) <= MAX_ANSWER else ""
 
 
 # ------------------------------------------------------------------------------------------ synthetic: path exploration
@@ -234,41 +244,41 @@ class Synthetic(Task):
     """Find the hidden treasures among all Province-City-District paths of China. One problem; sketches are guesses.
 
     A guess earns 1 if it names a treasure; that a repeat within a chain earns 0 is the business of the credit.
+    The demonstrations have `chain` guesses; see `demonstrate` for skew (0: even at each level) and fade (1: what they
+    have visited may be visited again as if it had not been).
     """
 
     treasures: int = 20
     treasure_seed: int = 0
-    chain: int = 16  # guesses in a demonstration
-    skew: float = 0.5  # of the demonstrations; 0: even at each level
-    fade: float = 0.1  # of what a demonstration has visited; 1: it may be visited again as if it had not been
+    chain: int = 16
+    skew: float = 0.5
+    fade: float = 0.1
 
-    name = "synthetic"
-    two_stage = False
+    name, two_stage = "synthetic", False
+    text = "Find the treasures of China."
     sketch_tokens, solution_tokens = 32, 32
     tiny_tokens = dict(sketch=4, solution=4)
     sketch_hint = "one guess: a province, a city and a district of China in Chinese, separated by spaces"
     answer_hint = "Write only the three names, separated by spaces."
 
     def __post_init__(self):
-        self.paths = [tuple(line.split("\t")) for line in DIVISIONS.read_text(encoding="utf-8").splitlines()]
-        check_range(self, treasures=(1, len(self.paths)), chain=(1, len(self.paths) // 4), skew=(0, 2), fade=(0.001, 1))
-        self.real = frozenset(self.paths)
-        self.targets = frozenset(random.Random(f"treasures {self.treasure_seed}").sample(self.paths, self.treasures))
-        self.words = "Find the treasures of China.".split() + sorted({name for path in self.paths for name in path})
-
-    @cached_property
-    def children(self) -> dict[tuple, dict[tuple, None]]:
-        """The tree of divisions: for every beginning of a path its children, in file order."""
-        tree = {}
-        for path, depth in product(self.paths, range(3)):
-            tree.setdefault(path[:depth], {})[path[: depth + 1]] = None
-        return tree
+        lines = DIVISIONS.read_text(encoding="utf-8").splitlines()
+        paths = self.paths = [tuple(line.split("\t")) for line in lines]
+        check_range(self, treasures=(1, len(paths)), chain=(1, len(paths) // 4), skew=(0, 2), fade=(0.001, 1))
+        self.real = frozenset(paths)
+        rng = random.Random(f"treasures {self.treasure_seed}")
+        self.targets = frozenset(rng.sample(paths, self.treasures))
+        self.words = [*self.text.split(), *sorted({name for path in paths for name in path})]
+        # the tree: for every beginning of a path those one name longer, in file order
+        self.children = defaultdict(dict)
+        for path, depth in product(paths, range(3)):
+            self.children[path[:depth]][path[: depth + 1]] = None
 
     def num_problems(self, split):
         return 1
 
     def make(self, split, seed, i):
-        return Problem(i, "Find the treasures of China.", None)
+        return Problem(i, self.text, None)
 
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
@@ -286,7 +296,7 @@ class Synthetic(Task):
         visits, chain = Counter(), []
         while len(chain) < self.chain:
             node = ()
-            while len(node) < 3:
+            for _ in range(3):
                 below = list(self.children[node])
                 weights = [rank**-self.skew * self.fade ** visits[child] for rank, child in enumerate(below, 1)]
                 [node] = rng.choices(below, weights)
@@ -305,36 +315,34 @@ class Synthetic(Task):
 # ----------------------------------------------------------------------------------------------------------- countdown
 
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
-SUM, PRODUCT = ((ast.Add, ast.Sub), "+-"), ((ast.Mult, ast.Div), "*/")  # an operation, its inverse and their signs
+# the signs of what comes second, and of what comes second within something subtracted or divided by
+SIGNS = {ast.Add: "+-", ast.Sub: "-+", ast.Mult: "*/", ast.Div: "/*"}
 # difficulty: counts of numbers, the largest number, the largest value of the target and of the steps to it
 DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 99, 999))
 
 
-def as_pool(numbers: Sequence[int]) -> tuple:
-    return tuple((n, str(n)) for n in numbers)
-
-
-def combinations(numbers: tuple, top: int) -> Iterator[tuple[tuple, str]]:
+def combinations(pool: list, top: int) -> Iterator[tuple[list, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
-    for i, j in permutations(range(len(numbers)), 2):
-        (a, left), (b, right) = numbers[i], numbers[j]
+    for i, j in permutations(range(len(pool)), 2):
+        (a, left), (b, right) = pool[i], pool[j]
         values = {"+": a + b, "*": a * b} if i < j else {}
         values |= {"-": a - b, "/": 0 if a % b else a // b}
-        rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
+        rest = [pool[k] for k in range(len(pool)) if k not in (i, j)]
         for operator, value in values.items():
             if 0 < value <= top:
-                yield ((value, f"( {left} {operator} {right} )"), *rest), f"{a} {operator} {b} = {value}"
+                joined = value, f"( {left} {operator} {right} )"
+                yield [joined, *rest], f"{a} {operator} {b} = {value}"
 
 
 def combine_at_random(numbers: Sequence[int], top: int, rng: random.Random) -> tuple[int, str]:
     """(value, text) of random combinations that use up all numbers."""
-    pool = as_pool(numbers)
+    pool = [(n, str(n)) for n in numbers]
     while len(pool) > 1:
-        pool = rng.choice([shorter for shorter, _ in combinations(pool, top)])
+        pool, _ = rng.choice(list(combinations(pool, top)))
     return pool[0][0], pool[0][1][2:-2]
 
 
-def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict[str, tuple[str, str] | None]:
+def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict:
     """Exhaustive search over positive whole values: {first step: one full solution that begins with it and its steps,
     None if there is none}.
 
@@ -344,23 +352,23 @@ def solve_countdown(numbers: Sequence[int], target: int, top: int = 999) -> dict
 
     def solve(pool, steps):
         if len(pool) == 1:
-            return (pool[0][1][2:-2], " ".join(steps)) if pool[0][0] == target else None
-        tries = (solve(shorter, [*steps, step]) for shorter, step in combinations(pool, top))
+            return (pool[0][1][2:-2], steps) if pool[0][0] == target else None
+        tries = (solve(shorter, f"{steps} {step}") for shorter, step in combinations(pool, top))
         return next(filter(None, tries), None)
 
-    return {step: solve(shorter, [step]) for shorter, step in combinations(as_pool(numbers), top)}
+    pool = [(n, str(n)) for n in numbers]
+    return {step: solve(shorter, step) for shorter, step in combinations(pool, top)}
 
 
 def parse_expression(text: str) -> ast.expr | None:
     """The syntax tree of whole numbers joined by + - * / and brackets; None for anything else. Nothing is evaluated."""
     text = " ".join(text.translate(str.maketrans("×÷−", "*/-")).split())
-    if len(text) > 256 or not re.fullmatch(r"[0-9+*/() -]+", text):
-        return None
-    allowed = (ast.BinOp, ast.Constant, *OPERATORS)  # an operator is a node of its own
+    # an operator is a node of its own
+    allowed = ast.BinOp, ast.Constant, *OPERATORS
     with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = ast.parse(text, mode="eval").body
-        if all(isinstance(node, allowed) for node in ast.walk(tree)):
-            return tree
+        if re.fullmatch(r"[0-9+*/() -]{1,256}", text):
+            tree = ast.parse(text, mode="eval").body
+            return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
 
 
 def evaluate(node: ast.expr) -> Fraction:
@@ -378,15 +386,15 @@ def canonical(node: ast.expr) -> str:
     """
     if isinstance(node, ast.Constant):
         return str(node.value)
-    family, signs = SUM if isinstance(node.op, SUM[0]) else PRODUCT
 
-    def parts(part, inverted):
-        if isinstance(part, ast.BinOp) and isinstance(part.op, family):
-            return parts(part.left, inverted) + parts(part.right, inverted ^ isinstance(part.op, family[1]))
+    def parts(part, sign):
+        signs = SIGNS.get(type(getattr(part, "op", None)), "")
+        if sign in signs:
+            return parts(part.left, sign) + parts(part.right, signs[sign in "-/"])
         text = canonical(part)
-        return [(inverted, f"({text})" if isinstance(part, ast.BinOp) else text)]
+        return [sign + (text if text.isdigit() else f"({text})")]
 
-    return "".join(signs[inverted] + text for inverted, text in sorted(parts(node, False)))[1:]
+    return "".join(sorted(parts(node, min(SIGNS[type(node.op)]))))[1:]
 
 
 @dataclass
@@ -405,15 +413,16 @@ class Countdown(Task):
         if self.difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty {self.difficulty!r}: must be one of {', '.join(DIFFICULTIES)}")
         self.counts, self.largest, self.top = DIFFICULTIES[self.difficulty]
-        numbers = map(str, range(1, self.top + 1))
-        self.words = [*"Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) =".split(), *numbers]
+        fixed = "Numbers: Target: <think> </think> <answer> </answer> + - * / ( ) ="
+        self.words = [*fixed.split(), *map(str, range(1, self.top + 1))]
 
     def draw(self, rng, keep):
         numbers = [rng.randint(1, self.largest) for _ in range(rng.choice(self.counts))]
-        target, _ = combine_at_random(numbers, self.top, rng)  # so it can be reached
-        if target in numbers or not keep((sorted(numbers), target)):
-            return None
-        return f"Numbers: {' '.join(map(str, numbers))} Target: {target}", (tuple(numbers), target)
+        # so that it can be reached
+        target, _ = combine_at_random(numbers, self.top, rng)
+        if target not in numbers and keep((sorted(numbers), target)):
+            shown = " ".join(map(str, numbers))
+            return f"Numbers: {shown} Target: {target}", (tuple(numbers), target)
 
     def score(self, data, text):
         """
@@ -424,20 +433,16 @@ class Countdown(Task):
         0.1
         """
         numbers, target = data
-        expression, equals, claimed = (extract_answer(text) or "").partition("=")
-        tree = parse_expression(expression)
-        if tree is None or equals and claimed.strip() != str(target):
-            return NOTHING
-        used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        if sorted(used) == sorted(numbers):
+        # a claimed value has to be the target; any other = makes no expression
+        expression = re.sub(rf"=\s*{target}$", "", extract_answer(text))
+        tree, used = parse_expression(expression), re.findall("[0-9]+", expression)
+        if tree and sorted(map(int, used)) == sorted(numbers):
             with suppress(ZeroDivisionError):
-                success = evaluate(tree) == target
-                return Outcome(1.0 if success else 0.1, success, canonical(tree), True)
+                return judged(canonical(tree), 1.0 if evaluate(tree) == target else 0.1)
         return NOTHING
 
     def guess(self, problem, rng):
-        _, expression = combine_at_random(problem.data[0], self.top, rng)
-        return [write_answer(expression)]
+        return [write_answer(combine_at_random(problem.data[0], self.top, rng)[1])]
 
     def floor(self):
         return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
@@ -462,38 +467,37 @@ class GridEpisode:
 
     def __init__(self, task: "Grid", problem: Problem):
         self.task, (self.board, self.state, seed) = task, problem.data
-        self.rng = random.Random(seed)  # of the ice; equal for all episodes of a problem
-        self.turns, self.taken, self.reward, self.valid, self.note = 0, [], 0.0, True, ""
+        # of the ice: equal for all episodes of a problem
+        self.rng = random.Random(seed)
+        # of each turn, was it valid?; the actions carried out; what they earned
+        self.turns, self.taken, self.reward = [], [], 0.0
 
     @property
     def over(self) -> bool:
-        spent = self.turns >= self.task.max_turns or len(self.taken) >= self.task.max_actions
+        spent = len(self.turns) >= self.task.max_turns or len(self.taken) >= self.task.max_actions
         return spent or self.task.ended(self.board, self.state) is not None
 
     def observe(self) -> str:
-        return self.note + self.task.picture(self.board, self.state, self.task.max_actions - len(self.taken))
+        note = "Invalid answer.\n" if self.turns[-1:] == [False] else ""
+        return note + self.task.picture(self.board, self.state, self.task.max_actions - len(self.taken))
 
     def act(self, text: str) -> bool:
         if self.over:
             return True
         actions = self.task.read_actions(text)
-        self.note = "" if actions else "Invalid answer.\n"
-        if not actions:
-            self.reward, self.valid = self.reward - 0.1, False
         for action in actions[: self.task.turn_actions]:
-            if self.over:
-                break
-            before = self.state
-            weights, states = zip(*self.task.moves(self.board, before, action), strict=True)
-            [self.state] = self.rng.choices(states, weights)
-            self.reward += self.task.reward(self.board, before, self.state)
-            self.taken.append(self.task.actions[action])
-        self.turns += 1
+            if not self.over:
+                before = self.state
+                [self.state] = self.rng.choices(self.task.moves(self.board, before, action))
+                self.reward += self.task.reward(self.board, before, self.state)
+                self.taken.append(self.task.actions[action])
+        self.turns.append(bool(actions))
         return self.over
 
     def outcome(self) -> Outcome:
+        reward = round(self.reward - 0.1 * self.turns.count(False), 6)
         success = self.task.ended(self.board, self.state) is True
-        return Outcome(round(self.reward, 6), success, " ".join(self.taken) or None, self.valid and bool(self.taken))
+        return Outcome(reward, success, " ".join(self.taken) or None, bool(self.taken) and all(self.turns))
 
 
 @dataclass
@@ -506,6 +510,7 @@ class Grid(Task):
     reward(board, before, after) -> float
     glyph(board, state, cell) -> str            the picture of a cell
     sketch(board, state, plan) -> str           the method of a plan in a few words, "" if there is nothing to say
+    actions, vocabulary, rules, limits          names, all words beside those of the form, text, ranges of the options
     """
 
     size: int = 4
@@ -514,7 +519,6 @@ class Grid(Task):
     max_actions: int = 10
 
     solution_tokens = 400
-    actions, vocabulary, limits = (), "", {}
     steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
@@ -525,9 +529,9 @@ class Grid(Task):
         form = f"Each turn give 1 to {self.turn_actions} of the actions {', '.join(self.actions)}, separated by ||, as"
         self.answer_hint = f"{self.rules} {form} <think> ... </think> <answer> Right || Down </answer>."
 
-    def moves(self, board: str, state: Hashable, action: int) -> list[tuple[float, Hashable]]:
-        """All (probability, next state)."""
-        return [(1.0, self.move(board, state, action))]
+    def moves(self, board, state, action) -> list[Hashable]:
+        """The next states that may follow, equally likely."""
+        return [self.move(board, state, action)]
 
     def beside(self, cell: int, action: int) -> int | None:
         """The neighbouring cell in the direction of the action, None beyond the edge."""
@@ -535,31 +539,33 @@ class Grid(Task):
         row, column = cell // self.size + down, cell % self.size + right
         return row * self.size + column if 0 <= row < self.size and 0 <= column < self.size else None
 
-    def picture(self, board: str, state: Hashable, left: int) -> str:
-        return write_grid([self.glyph(board, state, cell) for cell in range(self.size**2)]) + f"\n{left} actions left"
+    def picture(self, board, state, left: int) -> str:
+        cells = [self.glyph(board, state, cell) for cell in range(self.size**2)]
+        return f"{write_grid(cells, self.size)}\n{left} actions left"
 
     def draw(self, rng, keep):
         board, state = self.room(rng)
         text = self.picture(board, state, self.max_actions)
-        return (text, (board, state, rng.getrandbits(32))) if keep(text) and self.plan(board, state, rng) else None
+        if keep(text) and self.plan(board, state, rng):
+            return text, (board, state, rng.getrandbits(32))
 
     def episode(self, problem):
         return GridEpisode(self, problem)
 
     def read_actions(self, text: str) -> list[int]:
         """The actions of the last answer; [] if there is none or one of them is unknown."""
-        numbers = {name.lower(): number for number, name in enumerate(self.actions)}
-        found = [numbers.get(part.strip().lower()) for part in (extract_answer(text) or "").split("||")]
-        return [] if None in found else found
+        names = [part.strip().capitalize() for part in extract_answer(text).split("||")]
+        return [self.actions.index(name) for name in names] if set(names) <= set(self.actions) else []
 
     def write_actions(self, actions: Sequence[int]) -> str:
         return write_answer(" || ".join(self.actions[action] for action in actions))
 
-    def plan(self, board: str, state: Hashable, rng: random.Random) -> list[int]:
+    def plan(self, board, state, rng) -> list[int]:
         """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
         say; [] if max_actions are not enough."""
         seen, frontier = {state}, [(state, [])]
-        for before, path in frontier:  # grows while it is read
+        # it grows while it is read
+        for before, path in frontier:
             for action in rng.sample(range(4), 4) if len(path) < self.max_actions else ():
                 after = self.move(board, before, action)
                 if self.ended(board, after):
@@ -572,14 +578,13 @@ class Grid(Task):
     def value(self, board: str, pick: Callable) -> Callable:
         """v(state, n): the exact chance of success within n actions; with pick = max the best policy's, with
         pick = fmean that of a uniformly random one."""
-
         moves = cache(lambda state: [self.moves(board, state, action) for action in range(4)])
 
         @cache
         def v(state, n):
             if not n or self.ended(board, state) is not None:
                 return float(self.ended(board, state) or 0)
-            return pick([sum(p * v(after, n - 1) for p, after in spread) for spread in moves(state)])
+            return pick([sum(v(after, n - 1) for after in spread) / len(spread) for spread in moves(state)])
 
         return v
 
@@ -600,10 +605,12 @@ class Grid(Task):
         plans = [self.plan(board, start, rng) for _ in range(6)]
         wild = [rng.choices(range(4), k=rng.randint(3, self.max_actions)) for _ in range(6)]
         sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
-        episode, turns, certain = self.episode(problem), [], len(self.moves(board, start, 0)) == 1
+        # on slippery ice as few actions a turn as use up all of them
+        certain = len(self.moves(board, start, 0)) == 1
         stride = self.turn_actions if certain else -(-self.max_actions // self.max_turns)
+        episode, turns = self.episode(problem), []
         while not episode.over:
-            plan = plans[0] if not turns else self.plan(board, episode.state, rng)
+            plan = self.plan(board, episode.state, rng) if turns else plans[0]
             turns.append(self.write_actions(plan[:stride] or [0]))
             episode.act(turns[-1])
         return Demonstration(problem, [text for text in sketches if text][:6], turns)
@@ -619,12 +626,14 @@ class Sokoban(Grid):
 
     size: int = 6
     boxes: int = 1
-    density: float = 0.45  # share of walls inside the room
+    # share of walls inside the room
+    density: float = 0.45
 
     name = "sokoban"
     actions = "Up", "Down", "Left", "Right"
+    # where the player stands to push so
+    sides = "Below", "Above", "Right", "Left"
     limits = dict(size=(5, 12), boxes=(1, 4), density=(0, 0.8))
-    sides = "Below", "Above", "Right", "Left"  # where the player stands to push Up, Down, Left, Right
     vocabulary = "# _ O √ X P S Up Down Left Right Below Above from then"
     rules = "Push all boxes X onto targets O by moving into them. # wall, _ floor, P you, S you and √ box on a target."
     sketch_hint = "the sides to push the box from, in order, such as 'from Left then Below' (from Left pushes it right)"
@@ -636,10 +645,10 @@ class Sokoban(Grid):
         while len(room) < max(2 * self.boxes + 1, round((1 - self.density) * len(inside))):
             if (to := self.beside(cell, rng.randrange(4))) in inside:
                 room.add(cell := to)
-        player, *rest = rng.sample(sorted(room), 2 * self.boxes + 1)
-        targets, boxes = rest[: self.boxes], rest[self.boxes :]
-        board = "".join("O" if c in targets else "_" if c in room else "#" for c in range(self.size**2))
-        return board, (player, frozenset(boxes))
+        player, *places = rng.sample(sorted(room), 2 * self.boxes + 1)
+        glyphs = dict.fromkeys(room, "_") | dict.fromkeys(places[: self.boxes], "O")
+        board = "".join(glyphs.get(cell, "#") for cell in range(self.size**2))
+        return board, (player, frozenset(places[self.boxes :]))
 
     def move(self, board, state, action):
         player, boxes = state
@@ -650,11 +659,11 @@ class Sokoban(Grid):
         return state if board[to] == "#" else (to, boxes)
 
     def ended(self, board, state):
-        return True if all(board[box] == "O" for box in state[1]) else None
+        return all(board[box] == "O" for box in state[1]) or None
 
     def reward(self, board, before, after):
         was_on, is_on = (sum(board[box] == "O" for box in boxes) for _, boxes in (before, after))
-        return -0.1 + is_on - was_on + (10.0 if self.ended(board, after) else 0.0)
+        return -0.1 + is_on - was_on + 10.0 * (is_on == len(after[1]))
 
     def glyph(self, board, state, cell):
         target = board[cell] == "O"
@@ -678,10 +687,12 @@ class FrozenLake(Grid):
     """
 
     slippery: bool = True
-    frozen: float = 0.8  # share of ice
+    # share of ice
+    frozen: float = 0.8
 
     name = "frozenlake"
-    actions = "Left", "Down", "Right", "Up"  # gymnasium's order: neighbours in it are at right angles
+    # gymnasium's order: neighbours in it are at right angles
+    actions = "Left", "Down", "Right", "Up"
     vocabulary = "P _ O G X √ Left Down Right Up"
     limits = dict(size=(2, 12), frozen=(0.3, 1))
     sketch_hint = "the route to walk, such as 'Right Right Down'"
@@ -703,7 +714,7 @@ class FrozenLake(Grid):
 
     def moves(self, board, state, action):
         turns = (-1, 0, 1) if self.slippery else (0,)
-        return [(1 / len(turns), self.move(board, state, (action + turn) % 4)) for turn in turns]
+        return [self.move(board, state, (action + turn) % 4) for turn in turns]
 
     def ended(self, board, state):
         return {"G": True, "O": False}.get(board[state])
@@ -735,7 +746,7 @@ def candidates(grid: Sequence[int], cell: int) -> set[int]:
     return set(range(1, size + 1)).difference(sudoku_peers(size)[cell](grid))
 
 
-def solve_sudoku(grid: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
+def solve_sudoku(grid: list[int], rng: random.Random) -> Iterator[list[int]]:
     """All completions of a grid (0: blank) in random order, by search on a blank with the fewest candidates.
 
     >>> next(solve_sudoku([1, 0, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 0], random.Random(0)))
@@ -758,7 +769,8 @@ class Sudoku(Task):
     """Fill the blanks of a 4x4 or 9x9 grid, which has one solution."""
 
     size: int = 4
-    blanks: int = 0  # 0: 6 of 16 cells, or 32 of 81
+    # 0: 6 of 16 cells, or 32 of 81
+    blanks: int = 0
 
     name = "sudoku"
     solution_tokens = 1024
@@ -777,25 +789,26 @@ class Sudoku(Task):
         self.words = [*"<think> </think> <answer> </answer> _".split(), *self.numbers, *self.cells]
 
     def write(self, grid: Sequence[int]) -> str:
-        return write_grid([str(number or "_") for number in grid])
+        return write_grid([str(number or "_") for number in grid], self.size)
 
     def draw(self, rng, keep):
         """Blanks are taken one by one from a random full grid. A cell whose number is the only candidate left can go;
         for another cell a search says whether the solution stays the only one."""
         solution = next(solve_sudoku([0] * self.size**2, rng))
         grid = list(solution)
-        for cell in rng.sample(range(self.size**2), self.size**2):
+        for cell in rng.sample(range(len(grid)), len(grid)):
             if grid.count(0) < self.blanks:
                 grid[cell] = 0
-                if len(candidates(grid, cell)) > 1 and len(list(islice(solve_sudoku(grid, rng), 2))) > 1:
+                if len(candidates(grid, cell)) > 1 and len([*islice(solve_sudoku(grid, rng), 2)]) > 1:
                     grid[cell] = solution[cell]
-        return (self.write(grid), (grid, solution)) if grid.count(0) == self.blanks and keep(grid) else None
+        if grid.count(0) == self.blanks and keep(grid):
+            return self.write(grid), (grid, solution)
 
     def score(self, data, text):
-        digits = re.sub(r"[\s|+-]+", "", extract_answer(text) or "")
+        digits = re.sub(r"[\s|+-]+", "", extract_answer(text))
         givens = [str(number) if number else self.numbers for number in data[0]]
         fits = len(digits) == len(givens) and all(map(contains, givens, digits))
-        return judged(digits, digits == "".join(map(str, data[1]))) if fits else NOTHING
+        return judged(fits and digits, digits == "".join(map(str, data[1])))
 
     def guess(self, problem, rng):
         filled = [number or rng.randint(1, self.size) for number in problem.data[0]]
@@ -815,44 +828,42 @@ class Sudoku(Task):
 
     def demonstrate(self, problem, rng):
         orders = [self.order(problem, rng) for _ in range(6)]
-        sketches = dict.fromkeys(" ".join(self.cells[cell] for cell in order[:8]) for order in orders)
+        sketches = dict.fromkeys(" ".join(self.cells[c] for c in order[:8]) for order in orders)
         steps = " ".join(f"{self.cells[cell]} {problem.data[1][cell]}" for cell in orders[0])
-        turn = write_answer(self.write(problem.data[1]), steps)
-        return Demonstration(problem, list(sketches), [turn])
+        return Demonstration(problem, list(sketches), [write_answer(self.write(problem.data[1]), steps)])
 
 
 # --------------------------------------------------------------- records: JSONL, parquet, hub; exact or mathematical
 
 
 class Record(NamedTuple):
+    r"""answer: the reference, what stands in \boxed{} or after ####, or all of it.
+    worked: the worked solution, "" if the record has none."""
+
     question: str
-    answer: str  # the reference: what stands in \boxed{} or after ####, or all of it
-    worked: str  # the worked solution, if the record has one
-
-
-def read_rows(source: str) -> Iterator[Any]:
-    """The lines of a JSONL file, or the rows of a parquet file or of a hub data set, owner/name[:config[:split]]."""
-    if source.endswith(".parquet"):
-        from pyarrow.parquet import read_table
-
-        yield from read_table(source).to_pylist()
-    elif Path(source).exists() or source.endswith((".json", ".jsonl")):
-        yield from map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
-    else:
-        from datasets import load_dataset
-
-        name, config, split = (source.split(":") + ["", ""])[:3]
-        yield from load_dataset(name, config or None, split=split or "train")
+    answer: str
+    worked: str
 
 
 def read_records(source: str) -> list[Record]:
-    """The records of a source, in the forms of GSM8K, MATH or AIME: question or problem, and answer or solution, in any
-    case. ValueError that names file, line and rule for a broken one."""
+    """The records of a JSONL or parquet file or of a hub data set, owner/name[:config[:split]], in the forms of GSM8K,
+    MATH or AIME: question or problem, and answer or solution, in any case. ValueError that names file, line and rule
+    for a broken one."""
     try:
-        rows = list(read_rows(source))
+        if source.endswith(".parquet"):
+            from pyarrow.parquet import read_table
+
+            rows = read_table(source).to_pylist()
+        elif source.endswith((".json", ".jsonl")) or Path(source).exists():
+            rows = map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
+        else:
+            from datasets import load_dataset
+
+            name, config, split = (source.split(":") + ["", ""])[:3]
+            rows = load_dataset(name, config or None, split=split or "train")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl or .parquet file or a hub id") from None
-    records = [read_record(f"{source}, line {number}", row) for number, row in enumerate(rows, 1) if row]
+    records = [read_record(f"{source}, line {i}", row) for i, row in enumerate(rows, 1) if row]
     if not records:
         raise ValueError(f"{source}: holds no record; give one JSON object per line")
     return records
@@ -860,8 +871,10 @@ def read_records(source: str) -> list[Record]:
 
 def read_record(where: str, row: dict | str) -> Record:
     with suppress(ValueError, TypeError, AttributeError, RecursionError):
-        row = {key.lower(): value for key, value in (json.loads(row) if isinstance(row, str) else row).items()}
-        question, answer = row.get("question", row.get("problem")), row.get("answer", row.get("solution"))
+        row = json.loads(row) if isinstance(row, str) else row
+        row = {key.lower(): value for key, value in row.items()}
+        question = row.get("question", row.get("problem"))
+        answer = row.get("answer", row.get("solution"))
         final = extract_final(str(answer)) or str(answer).strip()
         if isinstance(question, str) and type(answer) in (str, int, float) and 0 < len(final) <= MAX_ANSWER:
             worked = str(row.get("solution") or answer).strip()
@@ -875,35 +888,37 @@ def extract_final(text: str) -> str | None:
     >>> extract_final(r"so \boxed{\frac{1}{2}}."), extract_final("3 + 4 = 7\n#### 7")
     ('\\frac{1}{2}', '7')
     """
-    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
-    if start < len("\\boxed{"):
-        line = text[max(text.rfind("####"), 0) :][: MAX_ANSWER + 5].split("\n")[0]
-        return line[4:].strip() if line.startswith("####") and len(line) < MAX_ANSWER + 5 else None
-    for at, character in enumerate(text[start : start + MAX_ANSWER + 1], start):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if not depth:
-            return text[start:at].strip()
-    return None
+    _, boxed, rest = text.rpartition("\\boxed{")
+    if boxed:
+        depths = list(accumulate({"{": 1, "}": -1}.get(c, 0) for c in rest[: MAX_ANSWER + 1]))
+        return rest[: depths.index(-1)].strip() if -1 in depths else None
+    _, marked, rest = text.rpartition("####")
+    line = rest.partition("\n")[0]
+    return line.strip() if marked and len(line) <= MAX_ANSWER else None
 
 
 MATH_NOISE = r"\\(?:left|right|displaystyle|[,;!: ])|\\(?:text|mathrm|mbox)\{[^{}]*\}|\\?[$%]|\^\{?\\circ\}?|~|\s"
 NUMBER = re.compile(r"-?(?:[0-9]+(?:/0*[1-9][0-9]*|\.[0-9]*)?|\.[0-9]+)")
 
 
-def plain_math(answer: str) -> tuple[str, bool]:
-    r"""(an answer without the spelling that carries no meaning, is it a number?); a number is given in lowest terms.
+def plain_text(answer: str) -> str:
+    return " ".join(answer.casefold().split())
 
-    >>> [plain_math(a)[0] for a in (r"$1,234.50$", r"\dfrac{2}{4}", r"\left( 3, 4 \right)", "x = 5", r"12\text{ cm}")]
+
+def plain_math(answer: str) -> str:
+    r"""An answer without the spelling that carries no meaning; a number is given in lowest terms.
+
+    >>> [plain_math(a) for a in (r"$1,234.50$", r"\dfrac{2}{4}", r"\left( 3, 4 \right)", "x = 5", r"12\text{ cm}")]
     ['2469/2', '1/2', '(3,4)', '5', '12']
     """
     text = re.sub(MATH_NOISE, "", answer).replace("\\dfrac", "\\frac").rstrip(".")
     text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", re.sub(r"^[a-zA-Z]=", "", text))
     if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text):
         text = text.replace(",", "")
-    return (str(Fraction(text)), True) if NUMBER.fullmatch(text) else (text, False)
+    return str(Fraction(text)) if NUMBER.fullmatch(text) else text
 
 
-@lru_cache(maxsize=8)
+@cache
 def shuffled(n: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(n), n)
 
@@ -913,11 +928,12 @@ class Records(Task):
     """Questions with one right answer each, from a JSONL or parquet file or the hub.
 
     exact=True: right is the same text, case and spacing aside. exact=False: right is an equivalent expression, first by
-    a plain normaliser, then by math-verify in a process that is killed if it takes too long.
+    a plain normaliser, then by math-verify in a process that is killed if it takes too long. validation="": a tenth of
+    the questions of train, chosen by hash, is held out.
     """
 
     train: str = "openai/gsm8k:main:train"
-    validation: str = "openai/gsm8k:main:test"  # "": a tenth of the questions of train, chosen by hash, is held out
+    validation: str = "openai/gsm8k:main:test"
     exact: bool = False
 
     name = "math"
@@ -931,50 +947,45 @@ class Records(Task):
         else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
             importlib.import_module("math_verify")
-        every, held_out = read_records(self.train), read_records(self.validation) if self.validation else []
-        asked = {r.question for r in held_out} or {r.question for r in every if share_of(r.question) < 0.1}
-        self.records = {"train": [r for r in every if r.question not in asked]}
-        self.records["validation"] = held_out or [r for r in every if r.question in asked]
+        every = read_records(self.train)
+        tenth = [r for r in every if share_of(r.question) < 0.1]
+        held_out = read_records(self.validation) if self.validation else tenth
+        asked = {r.question for r in held_out}
+        self.records = dict(train=[r for r in every if r.question not in asked], validation=held_out)
         if not all(self.records.values()):
             raise ValueError(f"{self.train}: {len(every)} records leave none for train or for validation; give more")
-        shown = [self.demonstrate(Problem(0, record.question, record), random) for record in every + held_out]
-        texts = (text for problem, sketches, turns in shown for text in (problem.text, *sketches, *turns))
-        self.words = sorted({word for text in texts for word in text.split()})
-        self.tiny_tokens = dict(sketch=16, solution=5 + max(len(f"{r.worked} {r.answer}".split()) for r in every))
+        shown = (self.demonstrate(Problem(0, r.question, r), random) for r in every + held_out)
+        texts = (" ".join([p.text, *sketches, *turns]) for p, sketches, turns in shown)
+        self.words = sorted(set(" ".join(texts).split()))
+        longest = max(len(f"{r.worked} {r.answer}".split()) for r in every)
+        self.tiny_tokens = dict(sketch=16, solution=5 + longest)
 
     def num_problems(self, split):
         return len(self.records[split])
 
     def make(self, split, seed, i):
         """The records of a split, shuffled anew for each epoch."""
-        epoch, at = divmod(i, self.num_problems(split))
-        record = self.records[split][shuffled(self.num_problems(split), f"{self.name} {split} {seed} {epoch}")[at]]
+        records = self.records[split]
+        epoch, at = divmod(i, len(records))
+        record = records[shuffled(len(records), f"{self.name} {split} {seed} {epoch}")[at]]
         return Problem(i, record.question, record)
 
     def score(self, data, text):
-        if self.exact:
-            key, right = (" ".join((answer or "").casefold().split()) for answer in (extract_answer(text), data.answer))
-            success = key == right
-        else:
-            answer = extract_final(text) or extract_answer(text) or ""
-            (key, number), (right, right_number) = plain_math(answer), plain_math(data.answer)
-            unsure = key != "" and not (number and right_number)
-            success = key == right or unsure and self.judge.ask(data.answer, answer) == 1
-        return judged(key, success) if key else NOTHING
+        answer = not self.exact and extract_final(text) or extract_answer(text)
+        key, right = map(plain_text if self.exact else plain_math, (answer, data.answer))
+        if self.exact or key in ("", right) or NUMBER.fullmatch(key) and NUMBER.fullmatch(right):
+            return judged(key, key == right)
+        return judged(key, self.judge.ask(data.answer, answer))
 
     def demonstrate(self, problem, rng):
         """The approach is the first sentence of the worked solution, where there is one."""
         _, answer, worked = problem.data
-        thought = f"<think> {worked} </think> " if worked else ""
-        final = write_answer(answer) if self.exact else f"\\boxed{{ {answer} }}"
+        form = "<answer> {} </answer>" if self.exact else "\\boxed{{ {} }}"
         sketch = " ".join(re.split(r"\. |\n", worked)[0].split()[:15]) or "answer directly"
-        return Demonstration(problem, [sketch], [thought + final])
+        return Demonstration(problem, [sketch], [write_answer(answer, worked, form)])
 
 
 # ------------------------------------------------------------------ verifiers of other libraries, in a killable process
-
-
-GYM_PROBLEMS = 20_000  # of a data set, for both splits; some make them all at the start
 
 
 class Judge:
@@ -985,14 +996,16 @@ class Judge:
     hundredths, is the exit code.
     """
 
-    TIME_LIMIT, MEMORY_LIMIT, START_LIMIT = 1.5, 4 << 30, 60  # seconds, bytes, seconds
+    # seconds, bytes
+    TIME_LIMIT, MEMORY_LIMIT = 1.5, 4 << 30
 
     def __init__(self, *setup: str):
         self.setup, self.process = setup, None
 
     def ask(self, *question: Any) -> float:
         """The score of a question, 0 if it was not found in time."""
-        if self.process is None:  # started when first needed
+        # started when first needed
+        if self.process is None:
             command = [sys.executable, __file__, *self.setup]
             self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
         with suppress(OSError, ValueError):
@@ -1007,28 +1020,27 @@ def serve_judge(*setup: str):
     """The loop of the helper process: a question as a JSON list per line in, a score from 0 to 100 per line out."""
     import resource
 
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print
-    signal.alarm(Judge.START_LIMIT)
+    # libraries may print
+    replies, sys.stdout = sys.stdout, sys.stderr
     judge = load_judge(*setup)
-    signal.alarm(0)
     for line in sys.stdin:
         if not (child := os.fork()):
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
                 signal.setitimer(signal.ITIMER_REAL, Judge.TIME_LIMIT)
                 os._exit(round(100 * min(1.0, max(0.0, judge(*json.loads(line))))))
-            finally:  # no clean-up and no traceback: this is a copy of the server
+            finally:
+                # no clean-up and no traceback: this is a copy of the server
                 os._exit(0)
-        print(max(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])), file=replies, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(max(0, status), file=replies, flush=True)
 
 
-def load_judge(library: str, *config: str) -> Callable[..., float]:
+def load_judge(library: str, *config: str) -> Callable:
     if library == "gym":
         from reasoning_gym import create_dataset
 
-        name, options = config
-        dataset = create_dataset(name, **json.loads(options))
+        dataset = create_dataset(config[0], **json.loads(config[1]))
         return lambda index, answer: dataset.score_answer(answer, dataset[index])
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -1039,19 +1051,19 @@ def load_judge(library: str, *config: str) -> Callable[..., float]:
         sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
         return float(all(sides) and verify(*sides, timeout_seconds=None))
 
-    equivalent("\\frac{1}{2}", "0.5")  # fills the caches of the parser before the first fork
+    # fills the caches of the parser before the first fork
+    equivalent("\\frac{1}{2}", "0.5")
     return equivalent
 
 
 def executes_text(cls: type) -> str | None:
     """The first call in the modules behind a reasoning-gym data set that runs text as a program, or None."""
-    near = [sys.modules[base.__module__] for base in cls.__mro__]
-    used = {getattr(value, "__module__", "") or "" for module in near for value in vars(module).values()}
-    for name in sorted({cls.__module__, *(name for name in used if name.startswith("reasoning_gym."))}):
-        runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b|class CompositeDataset"
+    runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b|class CompositeDataset"
+    near = [vars(sys.modules[base.__module__]) for base in cls.__mro__]
+    used = {getattr(value, "__module__", None) for module in near for value in module.values()}
+    for name in sorted(name for name in used if str(name).startswith("reasoning_gym.")):
         if call := re.search(runs, inspect.getsource(sys.modules[name])):
             return f"{call[0].rstrip('(')} in {name}"
-    return None
 
 
 @dataclass
@@ -1065,33 +1077,35 @@ class Gym(Task):
     solution_tokens = 1024
 
     def __post_init__(self):
-        self.name = f"gym-{self.source}"
         from reasoning_gym.factory import DATASETS, create_dataset
 
+        self.name, asked = f"gym-{self.source}", f"gym:{self.source}"
         if self.source not in DATASETS:
-            raise ValueError(f"task gym:{self.source}: must be one of gym: {', '.join(sorted(DATASETS))}")
+            raise ValueError(f"task {asked}: must be one of gym: {', '.join(sorted(DATASETS))}")
         cls, config_cls = DATASETS[self.source]
         if reason := executes_text(cls):
-            raise ValueError(f"task gym:{self.source}: refused, for its code may run text as a program ({reason})")
-        options = check_options(f"gym:{self.source}", config_cls, self.config)
-        options = dict(seed=0, size=GYM_PROBLEMS) | options
+            raise ValueError(f"task {asked}: refused, for its code may run text as a program ({reason})")
+        # the size is for both splits; some data sets make all their problems at the start
+        options = dict(seed=0, size=20_000) | check_options(asked, config_cls, self.config)
         self.judge = Judge("gym", self.source, json.dumps(options))
         try:
             self.dataset = create_dataset(self.source, **options)
-        except Exception as error:  # its data sets assert, or raise what they like
-            raise ValueError(f"task gym:{self.source} with {options}: {error}") from None
+        except Exception as error:
+            # its data sets assert, or raise what they like
+            raise ValueError(f"task {asked} with {options}: {error}") from None
 
     def draw(self, rng, keep):
         index = rng.randrange(len(self.dataset))
         entry = self.dataset[index]
-        return (entry["question"], (index, entry["answer"])) if keep(entry["question"]) else None
+        if keep(entry["question"]):
+            return entry["question"], (index, entry["answer"])
 
     def score(self, data, text):
         index, right = data
-        if not (answer := extract_answer(text)):
-            return NOTHING
-        reward = 1.0 if answer == right else self.judge.ask(index, answer)
-        return Outcome(reward, reward == 1.0, " ".join(answer.split()), True)
+        answer = extract_answer(text)
+        # an empty answer needs no judge: its key is empty
+        reward = answer in ("", right) or self.judge.ask(index, answer)
+        return judged(" ".join(answer.split()), reward)
 
     def demonstrate(self, problem, rng):
         """The reference answer; a few data sets have none, and no demonstration of theirs succeeds."""
@@ -1110,17 +1124,15 @@ def make_task(name: str, **options) -> Task:
     >>> make_task("countdown", difficulty="easy").problems("train", seed=0)[0].text.split()[0]
     'Numbers:'
     """
-    kind, _, source = name.rpartition(":") if re.search(r"\.py:\w+$", name) else name.partition(":")
+    kind, _, source = name.partition(":")
     try:
         if kind == "gym" and source:
             return Gym(source, options)
         if kind == "jsonl" and source:
-            cls, options = Records, dict(train=source, validation="", exact=True) | options
-        elif kind.endswith(".py"):
-            cls = load_class(kind, source)
-        elif name in TASKS:
-            cls = TASKS[name]
-        else:
+            cls = partial(Records, train=source, validation="", exact=True)
+        elif file := re.fullmatch(r"(.*\.py):?(\w*)", name):
+            cls = load_class(*file.groups())
+        elif not (cls := TASKS.get(name)):
             names = f"{', '.join(TASKS)}, jsonl:<path>, gym:<data set>, path/to/file.py:ClassName"
             raise ValueError(f"task {name!r}: must be one of {names}")
         return cls(**check_options(name, cls, options))
@@ -1139,7 +1151,7 @@ def load_class(path: str, name: str) -> type:
     raise ValueError(f"task {path}:{name}: there is no such file or no such class in it")
 
 
-def check_options(name: str, cls: Callable, options: dict[str, Any]) -> dict[str, Any]:
+def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:
     """The options of a task by the signature of its class; a command line's text becomes the type of the default."""
     parameters, checked = inspect.signature(cls).parameters, dict(options)
     for option, value in options.items():

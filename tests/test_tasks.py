@@ -508,8 +508,9 @@ def test_frozenlake_has_gymnasiums_transitions():
                 for probability, after, reward, _ in theirs[state][action]:
                     expected[after] += probability
                     rewards[after] = reward
-                for probability, after in task.moves(board, state, action):
-                    found[after] += probability
+                ends = task.moves(board, state, action)
+                for after in ends:
+                    found[after] += 1 / len(ends)
                     if task.ended(board, state) is None:
                         assert task.reward(board, state, after) == rewards[after]
                 assert found.keys() == expected.keys()
