@@ -991,13 +991,13 @@ class Records(Task):
 class Judge:
     """A helper process for verifiers whose running time nobody bounds; load_judge(*setup) makes the verifier there.
 
-    The process imports the library once and forks for each question; the kernel's timer kills a fork that takes longer
-    than TIME_LIMIT, whatever it is doing, and a limit on its memory stops the other kind of bomb. The score, in
+    The process imports the library once and forks for each question; the kernel's timers kill a fork that takes longer
+    than its limits, whatever it is doing, and a limit on its memory stops the other kind of bomb. The score, in
     hundredths, is the exit code.
     """
 
-    # seconds, bytes
-    TIME_LIMIT, MEMORY_LIMIT = 1.5, 4 << 30
+    # seconds of computing, seconds in all, bytes
+    TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
 
     def __init__(self, *setup: str):
         self.setup, self.process = setup, None
@@ -1027,7 +1027,8 @@ def serve_judge(*setup: str):
         if not (child := os.fork()):
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
-                signal.setitimer(signal.ITIMER_REAL, Judge.TIME_LIMIT)
+                signal.setitimer(signal.ITIMER_PROF, Judge.TIME_LIMIT)
+                signal.alarm(Judge.WAIT_LIMIT)
                 os._exit(round(100 * min(1.0, max(0.0, judge(*json.loads(line))))))
             finally:
                 # no clean-up and no traceback: this is a copy of the server

@@ -196,6 +196,7 @@ def no_evaluation(monkeypatch):
     def refuse(*_):
         raise AssertionError("a verifier called eval or exec")
 
+    "".encode("utf-8-sig")  # so that its codec is loaded, which takes an exec
     monkeypatch.setattr(builtins, "eval", refuse)
     monkeypatch.setattr(builtins, "exec", refuse)
 
