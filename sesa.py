@@ -33,17 +33,22 @@ deviate from it, or chose what it leaves open:
     tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
     values stay valid.
 
-This file knows no file and no process group; `rollout` gives Groups, `credit` their advantages, `sequences` what the
-loss is computed on. P problems, K sketches, M solutions per sketch, G answers in a group, C chains.
+Where to look. What is drawn: Explorer.answer (GRPO), explore (Stage I is draft, Stage II solve), guess (the sketches
+are the answers); a prompt is forked in Explorer.branch. What is rewarded: earned, where a repeat earns 0; credit makes
+advantages of it. What is trained: sequences, whose table has a row for each context; without_context drops the sketch.
+
+This file knows no file and no process group. P problems, K sketches, M solutions per sketch, G answers in a group, C
+chains.
 """
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import groupby, islice
+from os.path import commonprefix
 from statistics import fmean
 
 import torch
@@ -75,19 +80,17 @@ class Prompts:
 
     def replaced(self, values: dict) -> "Prompts":
         """These with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
-        known = [f.name for f in fields(self)]
         for name, text in values.items():
-            if name not in known or not isinstance(text, str):
-                raise ValueError(f"prompt {name!r}: must be one of {', '.join(known)}, each a string")
+            if name not in vars(self) or not isinstance(text, str):
+                raise ValueError(f"prompt {name!r}: must be one of {', '.join(vars(self))}, each a string")
         prompts = replace(self, **values)
         if prompts.solve.count("{sketch}") != 1:
             raise ValueError(f"prompt 'solve' is {prompts.solve!r}: must hold {{sketch}} once, where the sketch goes")
         return prompts
 
 
-# Where the sketches are the answers.
+# Where the sketches are the answers, only `sketch` and `next` are used.
 ANSWER_PROMPTS = Prompts(
-    direct="{problem} Write {sketch_hint}. {answer_hint}",
     sketch="{problem} Write {sketch_hint}. {answer_hint}",
     next="Write another one, different from all of yours above.",
 )
@@ -97,8 +100,10 @@ QUESTION = Prompts(
     sketch="{problem}\n\nDo not answer yet. On one line, write {sketch_hint}.",
     solve="{problem}\n\nFollow this approach: {sketch}",
 )
-BRIEFLY = "{problem} Answer in a few words."
-QUESTION_IN_TURN = Prompts(direct=BRIEFLY, sketch=BRIEFLY, next="Another one, different from all of yours above.")
+QUESTION_IN_TURN = Prompts(
+    sketch="{problem} Answer in a few words.",
+    next="Another one, different from all of yours above.",
+)
 # The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
 TINY_PROMPTS = Prompts(
     direct="{problem} <solve>",
@@ -107,7 +112,7 @@ TINY_PROMPTS = Prompts(
     solve="{problem} <sketch> {sketch} <solve>",
     turn="{observation} <solve>",
 )
-TINY_ANSWER_PROMPTS = Prompts(direct="{problem}", sketch="{problem}", next="", solve="{problem} {sketch}")
+TINY_ANSWER_PROMPTS = Prompts(sketch="{problem}", next="")
 TINY_WORDS = ["<sketch>", "<solve>"]
 
 
@@ -133,7 +138,9 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without the stop token that ends them."""
-        ids = list(ids[:-1]) if len(ids) and ids[-1] in self.stop_ids else list(ids)
+        ids = list(ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def render(self, messages: list[dict]) -> str:
@@ -150,16 +157,16 @@ class Chat:
     def _following(self, text: str) -> list[int]:
         """What comes between the policy's stop token and its next turn: the end of its turn and the user's text."""
         if not self.tokenizer.chat_template:
-            return self.encode("\n" + text + "\n") if text else []
+            return self.encode(text and f"\n{text}\n")
         turns = [dict(role="user", content=""), dict(role="assistant", content=SLOT), dict(role="user", content=text)]
-        tail = self.render(turns).split(SLOT)
-        if len(tail) != 2:
+        _, *after = self.render(turns).split(SLOT)
+        if len(after) != 1:
             raise ValueError(
                 "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
                 "use a model with another template, or --method grpo on a single-turn task"
             )
-        ids = self.encode(tail[1].lstrip())
-        return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(tail[1])
+        ids = self.encode(after[0].lstrip())
+        return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(after[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ class Trajectory:
 
     prompt: list[int]
     plain: list[int]
-    seed: int
+    seed: int = 0
     sketch: str | None = None
     body: list[int] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
@@ -191,15 +198,9 @@ class Trajectory:
     def wrote(self, completion: Completion, text: str) -> None:
         self.spans.append((len(self.body), len(self.body) + len(completion.ids)))
         self.body += completion.ids
-        self.logps += list(completion.logps)
+        self.logps += completion.logps
         self.texts.append(text)
         self.truncated.append(completion.finish_reason == "length")
-
-    def shown(self, ids: Sequence[int]) -> None:
-        self.body += ids
-
-    def span_tokens(self) -> list[int]:
-        return [end - start for start, end in self.spans]
 
 
 @dataclass
@@ -241,10 +242,9 @@ def derive_seed(*parts: Hashable) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens a and b share, less one if one of them ends there (a branch has a token of its own)."""
-    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return min(shared, len(a) - 1, len(b) - 1)
+def common_prefix(*contexts: Sequence[int]) -> int:
+    """How many leading tokens they share, less one if one of them ends there (a branch has a token of its own)."""
+    return min(len(commonprefix(contexts)), *(len(ids) - 1 for ids in contexts))  # os.path's takes any sequences
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +277,8 @@ class Explorer:
         self.drawn = lambda text: None  # called with each sketch, or guess, of a chain as soon as it is there
 
     def text(self, template: str, **values) -> str:
-        values = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT) | values
-        for name, value in values.items():
+        hints = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT)
+        for name, value in (hints | values).items():
             template = template.replace("{" + name + "}", value)
         return template.strip()
 
@@ -297,103 +297,60 @@ class Explorer:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
         that the result does not depend on how ranks share the work."""
         self.roots.clear()
-        drafts = [None] * len(placed)
+        others = [None] * len(placed)
         if plan.method == "sesa" and plan.sketches == "placebo":  # those of the problem before; its own if it is alone
             draw = self.draft if self.task.two_stage else self.guess_in_turn
-            drafts = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
-            drafts = drafts[-1:] + drafts[:-1]
+            own = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
+            others = own[-1:] + own[:-1]
         explore = self.explore if self.task.two_stage else self.guess
         program = self.answer if plan.method == "grpo" else explore
-        groups = self.sampler.run(
-            [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, drafts, strict=True)]
-        )
+        programs = [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, others, strict=True)]
+        groups = self.sampler.run(programs)
         self.sampler.release(self.roots.values())
         return groups
 
+    # ------------------------------------------------------------------------------------------------ what is drawn
+
     def answer(self, problem, plan, seed, _=None):
         """GRPO: group_size answers i.i.d. to the plain prompt."""
-        answers = yield from self.direct(problem, plan, seed, range(plan.group_size))
-        return Group(problem, answers)
+        return Group(problem, (yield from self.direct(problem, plan, seed, range(plan.group_size))))
 
     def direct(self, problem, plan, seed, numbers: range):
         """Answers to the plain prompt, without a sketch."""
         plain = self.direct_prompt(problem)
         answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in numbers]
         params = plan.solution_params if self.task.two_stage else plan.sketch_params
-        yield from self.play(problem, answers, params)
-        return answers
+        return (yield from self.play(problem, answers, params))
 
     def explore(self, problem, plan, seed, drafts=None):
         """SESA on a task of two stages: direct answers if the group is mixed, sketches, and their solutions."""
         direct = yield from self.direct(problem, plan, seed, range(plan.num_direct))
-        stuck = not any(t.outcomes[0].success for t in direct)
-        if plan.explore == "stuck" and not stuck:
+        solved = any(t.outcomes[0].success for t in direct)
+        if plan.explore == "stuck" and solved:
             rest = range(plan.num_direct, plan.num_direct + plan.num_sketches * plan.num_solutions)
             return Group(problem, direct + (yield from self.direct(problem, plan, seed, rest)))
         drafts = drafts or (yield from self.draft(problem, plan, seed))
         solutions = yield from self.solve(problem, drafts, plan, seed)
         sketches = [self.chat.decode(draft.ids) for draft in drafts]
         tokens = sum(len(draft.ids) for draft in drafts)
-        return Group(problem, direct + solutions, sketches, tokens, stuck and plan.num_direct > 0)
+        return Group(problem, direct + solutions, sketches, tokens, stuck=bool(direct) and not solved)
 
     def draft(self, problem, plan, seed):
-        """Stage I: K sketches, each after those before it (or, as an ablation, after none of them)."""
+        """Stage I: K sketches, each after those before it; as an ablation after none of them, or all in one text."""
         if plan.sketches == "list":
             return (yield from self.draft_list(problem, plan, seed))
-        chain = Trajectory(self.sketch_prompt(problem), [], 0)
+        prompt = self.sketch_prompt(problem)
+        if plan.sketches != "iid":
+            return (yield from self.in_turn(problem, plan, seed, Trajectory(prompt, prompt)))
         seeds = [derive_seed(*seed, "sketch", i) for i in range(plan.num_sketches)]
-        rows = self.branch(problem, [chain] * (len(seeds) if plan.sketches == "iid" else 1))
-        if plan.sketches == "iid":
-            completions = yield rows, plan.sketch_params, seeds
-        else:
-            completions = []
-            for i, sketch_seed in enumerate(seeds):
-                if i:
-                    rows = self.extend(rows, [chain], self.text(self.prompts.next))
-                [completion] = yield rows, plan.sketch_params, [sketch_seed]
-                chain.wrote(completion, "")
-                completions.append(completion)
-                self.drawn(self.chat.decode(completion.ids))
-        self.sampler.release(rows)
-        return completions
-
-    def longest(self, problem: Problem, plan: Plan) -> int:
-        """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
-        Observations are counted as if they were as long as the problem."""
-        sketch, solution = plan.sketch_params.max_new_tokens, plan.solution_params.max_new_tokens
-        again = len(self.chat.following(self.text(self.prompts.next)))
-        chain = len(self.sketch_prompt(problem)) + plan.num_sketches * (sketch + again)
-        if not self.task.two_stage:
-            return chain
-        observation = self.text(self.prompts.turn, observation=problem.text)
-        episode = self.task.max_turns * solution + (self.task.max_turns - 1) * len(self.chat.following(observation))
-        prompts = len(self.direct_prompt(problem)), len(self.solve_prompt(problem, [])) + sketch
-        return max(chain, max(prompts) + episode)
-
-    def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
-        """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
-        problems the first ones are looked at."""
-        for i in range(len(problems) if len(problems) <= 20_000 else 100):
-            if self.chat.tokenizer.unk_token_id in self.chat.encode(problems[i].text):
-                raise ValueError(
-                    f"problem {problems[i].text[:40]!r} has words that the model has no tokens for: it is a policy of "
-                    "another task, or its words are not in task.words; use another --model"
-                )
-            if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
-                raise ValueError(
-                    f"problem {problems[i].text[:40]!r} takes up to {need} tokens with sketches or solution, the model "
-                    f"has {self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
-                    "--max_sketch_tokens or --num_sketches"
-                )
+        return (yield from self.once(problem, prompt, plan.sketch_params, seeds))
 
     def draft_list(self, problem, plan, seed):
         """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
         count, params = plan.num_sketches, plan.sketch_params
         prompt = self.chat.opening(self.text(self.prompts.list, count=str(count), problem=problem.text))
-        rows = self.branch(problem, [Trajectory(prompt, [], 0)])
         params = replace(params, max_new_tokens=count * params.max_new_tokens)
-        [completion] = yield rows, params, [derive_seed(*seed, "sketch", 0)]
-        self.sampler.release(rows)
+        [completion] = yield from self.once(problem, prompt, params, [derive_seed(*seed, "sketch", 0)])
         lines = [line.strip() for line in self.chat.decode(completion.ids).splitlines() if line.strip()]
         marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
         lines = marked or lines or [""]  # beside marked lines there is talk
@@ -401,17 +358,13 @@ class Explorer:
 
     def solve(self, problem, drafts: list[Completion], plan, seed):
         """Stage II: M solutions of every sketch, all in parallel."""
-        plain = self.direct_prompt(problem)
-        solutions = []
+        plain, solutions = self.direct_prompt(problem), []
         for i, draft in enumerate(drafts):
             ids = draft.ids[:-1] if draft.finish_reason == "stop" else draft.ids
-            prompt = self.solve_prompt(problem, ids)
-            solutions += [
-                Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), self.chat.decode(ids))
-                for j in range(plan.num_solutions)
-            ]
-        yield from self.play(problem, solutions, plan.solution_params)
-        return solutions
+            prompt, sketch = self.solve_prompt(problem, ids), self.chat.decode(ids)
+            for j in range(plan.num_solutions):
+                solutions.append(Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), sketch))
+        return (yield from self.play(problem, solutions, plan.solution_params))
 
     def guess(self, problem, plan, seed, other: Group | None = None):
         """SESA where the sketches are the answers: a chain of K guesses, or as an ablation K guesses that do not see
@@ -422,99 +375,150 @@ class Explorer:
         if other:
             [chain] = other.trajectories
             histories = [chain.body[:start] for start, _ in chain.spans]
-        seeds = [derive_seed(*seed, "guess", i) for i in range(plan.num_sketches)]
-        guesses = [Trajectory(plain + h, plain, s) for h, s in zip(histories, seeds, strict=True)]
-        yield from self.play(problem, guesses, plan.sketch_params)
-        return Group(problem, guesses)
+        guesses = [Trajectory(plain + h, plain, derive_seed(*seed, "guess", i)) for i, h in enumerate(histories)]
+        return Group(problem, (yield from self.play(problem, guesses, plan.sketch_params)))
 
     def guess_in_turn(self, problem, plan, seed):
-        """A chain of K guesses, each of which sees those before it."""
+        """A chain of K guesses, each of which sees those before it, and has an outcome of its own."""
         prompt = self.sketch_prompt(problem)
-        chain = Trajectory(prompt, prompt, derive_seed(*seed, "chain"))
-        rows = self.branch(problem, [chain])
+        chain = Trajectory(prompt, prompt)
+        yield from self.in_turn(problem, plan, seed, chain)
+        for text in chain.texts:
+            episode = self.task.episode(problem)
+            episode.act(text)
+            chain.outcomes.append(episode.outcome())
+        return Group(problem, [chain], chain.texts, len(chain.logps))
+
+    # ------------------------------------------------------------------------------------------------ how it is drawn
+
+    def once(self, problem, prompt: list[int], params, seeds: list[int]):
+        """A text for each seed, none of which sees another."""
+        rows = self.branch(problem, [prompt] * len(seeds))
+        completions = yield rows, params, seeds
+        self.sampler.release(rows)
+        return completions
+
+    def in_turn(self, problem, plan, seed, chain: Trajectory):
+        """K texts one after another, written into the chain."""
+        [row] = self.branch(problem, [chain.prompt])
+        drafts = []
         for i in range(plan.num_sketches):
             if i:
-                rows = self.extend(rows, [chain], self.text(self.prompts.next))
-            [completion] = yield rows, plan.sketch_params, [derive_seed(*seed, "sketch", i)]
-            chain.wrote(completion, self.chat.decode(completion.ids))
+                self.show(self.text(self.prompts.next), chain, row)
+            drafts += yield [row], plan.sketch_params, [derive_seed(*seed, "sketch", i)]
+            chain.wrote(drafts[-1], self.chat.decode(drafts[-1].ids))
             self.drawn(chain.texts[-1])
-            episode = self.task.episode(problem)
-            episode.act(chain.texts[-1])
-            chain.outcomes.append(episode.outcome())
-        self.sampler.release(rows)
-        return Group(problem, [chain], chain.texts, len(chain.logps))
+        self.sampler.release([row])
+        return drafts
 
     def play(self, problem, trajectories: list[Trajectory], params):
         """Play one episode for each trajectory to its end; those that are over leave, the others are shown more."""
-        episodes = [self.task.episode(problem) for _ in trajectories]
-        rows = self.branch(problem, trajectories)
-        alive, turn = list(range(len(trajectories))), 0
+        rows = self.branch(problem, [t.prompt for t in trajectories])
+        alive = [(row, t, self.task.episode(problem)) for row, t in zip(rows, trajectories, strict=True)]
         while alive:
-            seeds = [derive_seed(trajectories[i].seed, turn) for i in alive]
-            completions = yield [rows[i] for i in alive], params, seeds
-            for i, completion in zip(list(alive), completions, strict=True):
-                text = self.chat.decode(completion.ids)
-                trajectories[i].wrote(completion, text)
-                if episodes[i].act(text):
-                    trajectories[i].outcomes = [episodes[i].outcome()]
-                    alive.remove(i)
-                    self.sampler.release([rows[i]])
-            for i in alive:
-                observation = self.text(self.prompts.turn, observation=episodes[i].observe())
-                [rows[i]] = self.extend([rows[i]], [trajectories[i]], observation)
-            turn += 1
+            seeds = [derive_seed(t.seed, len(t.texts)) for _, t, _ in alive]
+            completions = yield [row for row, _, _ in alive], params, seeds
+            for (row, trajectory, episode), completion in zip(alive, completions, strict=True):
+                trajectory.wrote(completion, self.chat.decode(completion.ids))
+                if episode.act(trajectory.texts[-1]):
+                    trajectory.outcomes = [episode.outcome()]
+                    self.sampler.release([row])
+                else:
+                    self.show(self.observation(episode), trajectory, row)
+            alive = [one for one in alive if not one[1].outcomes]
+        return trajectories
 
-    def branch(self, problem, trajectories: list[Trajectory]) -> list:
-        """Rows that hold the trajectories' prompts. What all prompts of a problem share is computed once and forked,
-        and so is the one prompt of several trajectories in a row (the M solutions of a sketch)."""
+    def branch(self, problem, prompts: list[list[int]]) -> list[int]:
+        """Rows that hold the prompts. What all prompts of a problem share is computed once and forked, and so is a
+        prompt that comes several times in a row (for the M solutions of a sketch)."""
         plain = self.direct_prompt(problem)
-        shared = min(common_prefix(plain, p) for p in [self.sketch_prompt(problem)] + [t.prompt for t in trajectories])
+        shared = common_prefix(plain, self.sketch_prompt(problem), *prompts)
         if not shared:
-            return self.sampler.prefill([t.prompt for t in trajectories])
+            return self.sampler.prefill(prompts)
         root = tuple(plain[:shared])
         if root not in self.roots:
             [self.roots[root]] = self.sampler.prefill([root])
         rows = []
-        for prompt, kids in groupby((t.prompt for t in trajectories), key=tuple):
-            count = len(list(kids))
+        for prompt, same in groupby(prompts):
             stem = self.sampler.fork([self.roots[root]], 1)
-            rows += self.sampler.fork(self.sampler.extend(stem, [prompt[shared:]]), count)
+            self.sampler.extend(stem, [prompt[shared:]])
+            rows += self.sampler.fork(stem, len(list(same)))
             self.sampler.release(stem)
         return rows
 
-    def extend(self, rows, trajectories, text: str) -> list:
-        """Show the policy more: the end of its turn, and the user's text."""
-        tokens = []
-        for trajectory in trajectories:
-            ended = [] if not trajectory.truncated[-1] else self.chat.stop_ids[:1]
-            tokens.append(ended + self.chat.following(text))
-            trajectory.shown(tokens[-1])
-        return self.sampler.extend(rows, tokens) if any(tokens) else rows
+    def show(self, text: str, trajectory: Trajectory, row: int | None = None) -> None:
+        """Show the policy more: the end of its turn, where that was cut, and the user's text; in its row, if it has one."""
+        ids = self.chat.stop_ids[:1] * trajectory.truncated[-1] + self.chat.following(text)
+        trajectory.body += ids
+        if row is not None and ids:
+            self.sampler.extend([row], [ids])
+
+    def observation(self, episode) -> str:
+        return self.text(self.prompts.turn, observation=episode.observe())
+
+    # ------------------------------------------------------------------------------------------------ beside sampling
+
+    def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
+        """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
+        problems the first ones are looked at."""
+        for i in range(len(problems) if len(problems) <= 20_000 else 100):
+            start = f"problem {problems[i].text[:40]!r}"
+            if self.chat.tokenizer.unk_token_id in self.chat.encode(problems[i].text):
+                raise ValueError(
+                    f"{start} has words that the model has no tokens for: it is a policy of another task, or its words "
+                    "are not in task.words; use another --model"
+                )
+            if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
+                raise ValueError(
+                    f"{start} takes up to {need} tokens with sketches or solution, the model has "
+                    f"{self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
+                    "--max_sketch_tokens or --num_sketches"
+                )
+
+    def longest(self, problem: Problem, plan: Plan) -> int:
+        """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
+        Observations are counted as if they were as long as the problem."""
+        sketch, again = plan.sketch_params.max_new_tokens, self.chat.following(self.text(self.prompts.next))
+        chain = len(self.sketch_prompt(problem)) + plan.num_sketches * (sketch + len(again))
+        if not self.task.two_stage:
+            return chain
+        observed = self.chat.following(self.text(self.prompts.turn, observation=problem.text))
+        episode = self.task.max_turns * (plan.solution_params.max_new_tokens + len(observed)) - len(observed)
+        prompts = self.direct_prompt(problem), self.solve_prompt(problem, range(sketch))
+        return max(chain, max(map(len, prompts)) + episode)
 
     def demonstration(self, demo: Demonstration) -> Iterator[Trajectory]:
         """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
         plain, stop = self.direct_prompt(demo.problem), self.chat.stop_ids[:1]
-        chain = Trajectory(self.sketch_prompt(demo.problem), plain, 0)
-        for i, sketch in enumerate(demo.sketches):
-            if i:
-                chain.shown(self.chat.following(self.text(self.prompts.next)))
-            chain.wrote(Completion(self.chat.encode(sketch) + stop, [], "stop"), sketch)
-        if demo.sketches:
-            yield chain
-        if demo.turns:
-            for prompt in [plain] + [self.solve_prompt(demo.problem, self.chat.encode(s)) for s in demo.sketches[:1]]:
-                solution, episode = Trajectory(prompt, plain, 0), self.task.episode(demo.problem)
-                for i, text in enumerate(demo.turns):
-                    if i:
-                        shown = self.text(self.prompts.turn, observation=episode.observe())
-                        solution.shown(self.chat.following(shown))
-                    solution.wrote(Completion(self.chat.encode(text) + stop, [], "stop"), text)
-                    episode.act(text)
-                yield solution
+        sketches, turns = (
+            [(Completion(self.chat.encode(text) + stop, [], "stop"), text) for text in texts]
+            for texts in (demo.sketches, demo.turns)
+        )
+        chain = Trajectory(self.sketch_prompt(demo.problem), plain)
+        for sketch in sketches:
+            if chain.texts:
+                self.show(self.text(self.prompts.next), chain)
+            chain.wrote(*sketch)
+        prompts = [plain] + [self.solve_prompt(demo.problem, self.chat.encode(s)) for s in demo.sketches[:1]]
+        solutions = [Trajectory(prompt, plain) for prompt in prompts]
+        for solution in solutions:
+            episode = self.task.episode(demo.problem)
+            for completion, text in turns:
+                if solution.texts:
+                    self.show(self.observation(episode), solution)
+                solution.wrote(completion, text)
+                episode.act(text)
+        yield from (taught for taught in (chain, *solutions) if taught.texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Credit: from outcomes to advantages, and to what the loss is computed on
+
+
+def repeated(outcomes: Sequence[Outcome]) -> list[bool]:
+    """Of each outcome: whether one before it has the same key. What has no key repeats nothing."""
+    keys = [outcome.key for outcome in outcomes]
+    return [key is not None and key in keys[:i] for i, key in enumerate(keys)]
 
 
 def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter | None = None, rarity: float = 0.0):
@@ -528,13 +532,12 @@ def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter |
     >>> earned([hit, hit], "zero", Counter(a=4), rarity=0.5)
     ([0.5, 0.0], [True, False])
     """
-    rewards, successes, seen = [], [], set()
-    for outcome in outcomes:
-        repeat = repeats == "zero" and outcome.key is not None and outcome.key in seen
+    rewards, successes = [], []
+    for outcome, again in zip(outcomes, repeated(outcomes), strict=True):
+        void = again and repeats == "zero"
         share = counts[outcome.key] ** -rarity if counts and outcome.success else 1.0
-        rewards.append(min(outcome.reward, 0.0) if repeat else outcome.reward * share)
-        successes.append(outcome.success and not repeat)
-        seen.add(outcome.key)
+        rewards.append(min(outcome.reward, 0.0) if void else outcome.reward * share)
+        successes.append(outcome.success and not void)
     return rewards, successes
 
 
@@ -558,12 +561,12 @@ def credit(
     ([[1.0, 0.0]], [[0.5, -0.5]])
     """
     counts = Counter(key for group in outcomes for key in {o.key for o in group if o.success})
-    pairs = [earned(group, repeats, counts, rarity) for group in outcomes]
-    rewards = torch.tensor([r for r, _ in pairs], dtype=torch.float64)  # [P, G]
+    rewards, successes = zip(*(earned(group, repeats, counts, rarity) for group in outcomes), strict=True)
+    rewards = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
     if chains:
         advantages = rl.chain_advantages(rewards, baseline, scale)  # [C, K]
     else:
-        advantages = rl.group_advantages(rewards, torch.tensor([s for _, s in pairs]), scale, pass_k)  # [P, G]
+        advantages = rl.group_advantages(rewards, torch.tensor(successes), scale, pass_k)  # [P, G]
     return rewards.tolist(), advantages.tolist()
 
 
@@ -579,42 +582,36 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
     """What the loss is computed on, in the context "keep", "drop", "is", "imitate" or "distill" (deviation 1)."""
     rows = []
     for trajectory in group.trajectories:
-        plain_already = trajectory.prompt == trajectory.plain and len(trajectory.outcomes) == 1
-        if plain_already or context in ("keep", "distill"):
-            rows.append(as_sampled(trajectory))
-        for row in without_context(trajectory) if context != "keep" and not plain_already else ():
-            if context in ("imitate", "distill"):
-                row.weight = float(row.advantages[0] > 0)  # an advantage is that of a whole answer
-            if context == "distill":
-                row.weight, row.again = distill_coef * row.weight, True
-            rows.append(row)
+        kept, dropped = as_sampled(trajectory), without_context(trajectory)
+        # The losses weigh 0: they count in the denominators. An advantage is that of a whole answer.
+        wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
+        again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
+        contexts = dict(keep=[kept], drop=dropped, imitate=wins, distill=[kept, *again]) | {"is": dropped}
+        rows += [kept] if dropped == [kept] else contexts[context]  # a direct answer is trained once, win or loss
     return rows
 
 
 def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
     """The trajectory in the context that it was sampled from: loss on what the policy wrote, and on nothing else."""
-    lengths = trajectory.span_tokens()
-    per_span = trajectory.advantages * (len(lengths) // len(trajectory.advantages))  # an episode's counts for all turns
-    return rl.TrainingSequence(
-        trajectory.prompt + trajectory.body,
-        [len(trajectory.prompt) + t for start, end in trajectory.spans for t in range(start, end)],
-        [a for a, n in zip(per_span, lengths, strict=True) for _ in range(n)],
-        trajectory.logps,
-        answers=len(trajectory.advantages),
-    )
+    first, targets, advantages = len(trajectory.prompt), [], []
+    turns = len(trajectory.spans) // len(trajectory.advantages)  # an episode's advantage counts for all of them
+    for i, (start, end) in enumerate(trajectory.spans):
+        targets += range(first + start, first + end)
+        advantages += [trajectory.advantages[i // turns]] * (end - start)
+    ids, answers = trajectory.prompt + trajectory.body, len(trajectory.advantages)
+    return rl.TrainingSequence(ids, targets, advantages, trajectory.logps, answers=answers)
 
 
-def without_context(trajectory: Trajectory) -> Iterator[rl.TrainingSequence]:
+def without_context(trajectory: Trajectory) -> list[rl.TrainingSequence]:
     """The same words under the plain prompt: an episode without its sketch, each guess without its chain."""
+    plain = replace(trajectory, prompt=trajectory.plain)
     if len(trajectory.outcomes) == 1:
-        yield as_sampled(replace(trajectory, prompt=trajectory.plain))
-        return
-    first = len(trajectory.plain)
-    ends = list(accumulate(trajectory.span_tokens()))
-    for (start, end), stop, advantage in zip(trajectory.spans, ends, trajectory.advantages, strict=True):
-        length = end - start
-        ids, targets = trajectory.plain + trajectory.body[start:end], list(range(first, first + length))
-        yield rl.TrainingSequence(ids, targets, [advantage] * length, trajectory.logps[stop - length : stop])
+        return [as_sampled(plain)]
+    rows, logps = [], iter(trajectory.logps)
+    for (start, end), advantage in zip(trajectory.spans, trajectory.advantages, strict=True):
+        alone = dict(body=trajectory.body[start:end], spans=[(0, end - start)], advantages=[advantage])
+        rows.append(as_sampled(replace(plain, **alone, logps=list(islice(logps, end - start)))))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -742,8 +739,8 @@ def measures(evaluation: dict) -> dict:
     """An evaluation in brief: reward, valid, success of the plain prompt; pass@k, unique@k, coverage of both ways."""
     iid = evaluation["iid"]
     brief = dict(reward=iid["reward"], valid=iid["valid"], success=iid["avg@n"])
-    for short, name in (("pass_at_k", "pass@k"), ("unique_at_k", "unique@k"), ("coverage", "coverage")):
-        brief[short] = {kind: e[name] for kind, e in evaluation.items() if name in e}
+    for name in ("pass@k", "unique@k", "coverage"):
+        brief[name.replace("@", "_at_")] = {kind: e[name] for kind, e in evaluation.items() if name in e}
     return brief
 
 
@@ -754,12 +751,10 @@ def marks(outcomes: Sequence[Outcome]) -> list[str]:
     >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
     ['hit', 'repeat', 'miss', 'invalid']
     """
-    found, seen = [], set()
-    for outcome in outcomes:
-        new = "hit" if outcome.success else "miss"
-        known = "repeat" if outcome.key in seen else new
+    found = []
+    for outcome, again in zip(outcomes, repeated(outcomes), strict=True):
+        known = "repeat" if again else "hit" if outcome.success else "miss"
         found.append("invalid" if outcome.key is None else known)
-        seen.add(outcome.key)
     return found
 
 
