@@ -44,10 +44,10 @@ chains.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import cycle, groupby, islice
 from os.path import commonprefix
 from statistics import fmean
 
@@ -57,7 +57,10 @@ import rl
 from sampler import Completion, Sampler, SamplingParams
 from tasks import Demonstration, Outcome, Problem
 
-SLOT = "\ue000"  # a private-use character, stands for token ids in a rendered prompt
+# A private-use character, stands for token ids in a rendered prompt.
+SLOT = "\ue000"
+
+Outcomes = Sequence[Outcome]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,35 +134,34 @@ class Chat:
 
     def __init__(self, tokenizer, stop_ids: Sequence[int]):
         self.tokenizer, self.stop_ids = tokenizer, list(stop_ids)
-        self.encode, self.following = lru_cache(50_000)(self._encode), lru_cache(1_000)(self._following)
+        self.following = lru_cache(1_000)(self._following)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without the stop token that ends them."""
-        ids = list(ids)
-        if ids and ids[-1] in self.stop_ids:
-            ids.pop()
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        ended = set(ids[-1:]) & set(self.stop_ids)
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
 
-    def render(self, messages: list[dict]) -> str:
-        if self.tokenizer.chat_template:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return (self.tokenizer.bos_token or "") + "".join(m["content"] + "\n" for m in messages)
+    def render(self, *texts: str) -> str:
+        """Of the user and the policy in turn, up to where the policy writes."""
+        if not self.tokenizer.chat_template:
+            return (self.tokenizer.bos_token or "") + "".join(text + "\n" for text in texts)
+        roles = cycle(["user", "assistant"])
+        messages = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=False)]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def opening(self, text: str, insert: Sequence[int] = ()) -> list[int]:
-        """A conversation that opens with the user's text, up to where the policy writes; `insert` replaces SLOT."""
-        pieces = self.render([dict(role="user", content=text)]).split(SLOT)
-        ids = [self.encode(piece) for piece in pieces]
-        return ids[0] + [i for piece in ids[1:] for i in (*insert, *piece)]
+        """A conversation that opens with the user's text; `insert` replaces SLOT."""
+        before, *after = [self.encode(piece) for piece in self.render(text).split(SLOT)]
+        return before + [i for piece in after for i in (*insert, *piece)]
 
     def _following(self, text: str) -> list[int]:
         """What comes between the policy's stop token and its next turn: the end of its turn and the user's text."""
         if not self.tokenizer.chat_template:
             return self.encode(text and f"\n{text}\n")
-        turns = [dict(role="user", content=""), dict(role="assistant", content=SLOT), dict(role="user", content=text)]
-        _, *after = self.render(turns).split(SLOT)
+        _, *after = self.render("", SLOT, text).split(SLOT)
         if len(after) != 1:
             raise ValueError(
                 "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
@@ -178,8 +180,9 @@ class Trajectory:
     """One conversation, token by token: what the policy was shown and what it wrote.
 
     `prompt` is the context it was sampled under, `plain` the prompt of the same problem without a sketch. `body` is all
-    that follows the prompt; spans[j] = (start, end) in body is the policy's j-th text, its stop token included. An
-    episode has one outcome, a chain of guesses one for each span; rewards and advantages go with the outcomes.
+    that follows the prompt; spans[j] = (start, end) in body is the policy's j-th text, its stop token included; logps
+    are those of all that it wrote, as sampled. An episode has one outcome, a chain of guesses one for each span;
+    rewards and advantages go with the outcomes.
     """
 
     prompt: list[int]
@@ -188,7 +191,7 @@ class Trajectory:
     sketch: str | None = None
     body: list[int] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)  # of the written tokens, as sampled
+    logps: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -205,13 +208,16 @@ class Trajectory:
 
 @dataclass
 class Group:
-    """What was found for one problem: its sketches (texts), and the trajectories that are compared with each other."""
+    """What was found for one problem: its sketches (texts), and the trajectories that are compared with each other.
+
+    stuck: the group is mixed, and none of the direct answers succeeded.
+    """
 
     problem: Problem
     trajectories: list[Trajectory]
     sketches: list[str] = field(default_factory=list)
     sketch_tokens: int = 0
-    stuck: bool = False  # of a mixed group: none of the direct answers succeeded
+    stuck: bool = False
 
     def outcomes(self) -> list[Outcome]:
         return [o for t in self.trajectories for o in t.outcomes]
@@ -244,7 +250,8 @@ def derive_seed(*parts: Hashable) -> int:
 
 def common_prefix(*contexts: Sequence[int]) -> int:
     """How many leading tokens they share, less one if one of them ends there (a branch has a token of its own)."""
-    return min(len(commonprefix(contexts)), *(len(ids) - 1 for ids in contexts))  # os.path's takes any sequences
+    # That of os.path takes any sequences.
+    return min(len(commonprefix(contexts)), *(len(ids) - 1 for ids in contexts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,15 +261,16 @@ def common_prefix(*contexts: Sequence[int]) -> int:
 @dataclass(frozen=True)
 class Plan:
     """How to sample. method "grpo": group_size answers i.i.d.; "sesa": num_sketches x num_solutions, sketches first,
-    and num_direct answers without any (deviation 6)."""
+    and num_direct answers without any; explore is "always" or "stuck" (deviation 6), sketches are "sequential" or one
+    of deviation 7."""
 
     method: str = "sesa"
     num_sketches: int = 16
     num_solutions: int = 1
     group_size: int = 16
     num_direct: int = 0
-    explore: str = "always"  # | stuck
-    sketches: str = "sequential"  # | iid | list | placebo
+    explore: str = "always"
+    sketches: str = "sequential"
     sketch_params: SamplingParams = SamplingParams(max_new_tokens=64)
     solution_params: SamplingParams = SamplingParams(max_new_tokens=512)
 
@@ -274,7 +282,8 @@ class Explorer:
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
         self.sampler, self.task, self.chat, self.prompts = sampler, task, chat, prompts
         self.roots: dict[tuple, int] = {}
-        self.drawn = lambda text: None  # called with each sketch, or guess, of a chain as soon as it is there
+        # Called with each sketch, or guess, as soon as it is there.
+        self.drawn = lambda text: None
 
     def text(self, template: str, **values) -> str:
         hints = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT)
@@ -298,7 +307,8 @@ class Explorer:
         that the result does not depend on how ranks share the work."""
         self.roots.clear()
         others = [None] * len(placed)
-        if plan.method == "sesa" and plan.sketches == "placebo":  # those of the problem before; its own if it is alone
+        # A placebo is of the problem before, or of the problem itself if it is alone.
+        if plan.method == "sesa" and plan.sketches == "placebo":
             draw = self.draft if self.task.two_stage else self.guess_in_turn
             own = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
             others = own[-1:] + own[:-1]
@@ -339,22 +349,22 @@ class Explorer:
         """Stage I: K sketches, each after those before it; as an ablation after none of them, or all in one text."""
         if plan.sketches == "list":
             return (yield from self.draft_list(problem, plan, seed))
-        prompt = self.sketch_prompt(problem)
-        if plan.sketches != "iid":
-            return (yield from self.in_turn(problem, plan, seed, Trajectory(prompt, prompt)))
-        seeds = [derive_seed(*seed, "sketch", i) for i in range(plan.num_sketches)]
-        return (yield from self.once(problem, prompt, plan.sketch_params, seeds))
+        apart = plan.num_sketches if plan.sketches == "iid" else 1
+        chains = [Trajectory(self.sketch_prompt(problem), []) for _ in range(apart)]
+        return (yield from self.write(problem, plan, seed, chains))
 
     def draft_list(self, problem, plan, seed):
         """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
         count, params = plan.num_sketches, plan.sketch_params
+        longer = replace(params, max_new_tokens=count * params.max_new_tokens)
         prompt = self.chat.opening(self.text(self.prompts.list, count=str(count), problem=problem.text))
-        params = replace(params, max_new_tokens=count * params.max_new_tokens)
-        [completion] = yield from self.once(problem, prompt, params, [derive_seed(*seed, "sketch", 0)])
-        lines = [line.strip() for line in self.chat.decode(completion.ids).splitlines() if line.strip()]
+        whole = Trajectory(prompt, [])
+        yield from self.write(problem, replace(plan, num_sketches=1, sketch_params=longer), seed, [whole])
+        lines = [line.strip() for line in whole.texts[0].splitlines() if line.strip()]
         marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
-        lines = marked or lines or [""]  # beside marked lines there is talk
-        return [Completion(self.chat.encode(lines[i % len(lines)]), [], "length") for i in range(count)]
+        # Beside marked lines there is talk.
+        lines = islice(cycle(marked or lines or [""]), count)
+        return [Completion(self.chat.encode(line), [], "length") for line in lines]
 
     def solve(self, problem, drafts: list[Completion], plan, seed):
         """Stage II: M solutions of every sketch, all in parallel."""
@@ -382,7 +392,7 @@ class Explorer:
         """A chain of K guesses, each of which sees those before it, and has an outcome of its own."""
         prompt = self.sketch_prompt(problem)
         chain = Trajectory(prompt, prompt)
-        yield from self.in_turn(problem, plan, seed, chain)
+        yield from self.write(problem, plan, seed, [chain])
         for text in chain.texts:
             episode = self.task.episode(problem)
             episode.act(text)
@@ -391,24 +401,18 @@ class Explorer:
 
     # ------------------------------------------------------------------------------------------------ how it is drawn
 
-    def once(self, problem, prompt: list[int], params, seeds: list[int]):
-        """A text for each seed, none of which sees another."""
-        rows = self.branch(problem, [prompt] * len(seeds))
-        completions = yield rows, params, seeds
-        self.sampler.release(rows)
-        return completions
-
-    def in_turn(self, problem, plan, seed, chain: Trajectory):
-        """K texts one after another, written into the chain."""
-        [row] = self.branch(problem, [chain.prompt])
-        drafts = []
-        for i in range(plan.num_sketches):
-            if i:
+    def write(self, problem, plan, seed, chains: list[Trajectory]):
+        """Let the policy write num_sketches texts: one into each chain, then the next into each, and so on."""
+        rows, drafts = self.branch(problem, [chain.prompt for chain in chains]), []
+        while len(drafts) < plan.num_sketches:
+            for chain, row in zip(chains, rows, strict=True):
                 self.show(self.text(self.prompts.next), chain, row)
-            drafts += yield [row], plan.sketch_params, [derive_seed(*seed, "sketch", i)]
-            chain.wrote(drafts[-1], self.chat.decode(drafts[-1].ids))
-            self.drawn(chain.texts[-1])
-        self.sampler.release([row])
+            seeds = [derive_seed(*seed, "sketch", len(drafts) + i) for i in range(len(chains))]
+            drafts += yield rows, plan.sketch_params, seeds
+            for chain, draft in zip(chains, drafts[-len(chains) :], strict=True):
+                chain.wrote(draft, self.chat.decode(draft.ids))
+                self.drawn(chain.texts[-1])
+        self.sampler.release(rows)
         return drafts
 
     def play(self, problem, trajectories: list[Trajectory], params):
@@ -447,11 +451,13 @@ class Explorer:
         return rows
 
     def show(self, text: str, trajectory: Trajectory, row: int | None = None) -> None:
-        """Show the policy more: the end of its turn, where that was cut, and the user's text; in its row, if it has one."""
-        ids = self.chat.stop_ids[:1] * trajectory.truncated[-1] + self.chat.following(text)
-        trajectory.body += ids
-        if row is not None and ids:
-            self.sampler.extend([row], [ids])
+        """Show the policy the user's next text (and the end of its own turn, where that was cut), in its row if it has
+        one. Before its first turn there is nothing to be shown."""
+        if trajectory.texts:
+            ids = self.chat.stop_ids[:1] * trajectory.truncated[-1] + self.chat.following(text)
+            trajectory.body += ids
+            if row is not None and ids:
+                self.sampler.extend([row], [ids])
 
     def observation(self, episode) -> str:
         return self.text(self.prompts.turn, observation=episode.observe())
@@ -461,14 +467,14 @@ class Explorer:
     def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
         """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
         problems the first ones are looked at."""
-        for i in range(len(problems) if len(problems) <= 20_000 else 100):
-            start = f"problem {problems[i].text[:40]!r}"
-            if self.chat.tokenizer.unk_token_id in self.chat.encode(problems[i].text):
+        for problem in islice(problems, 100 if len(problems) > 20_000 else None):
+            start = f"problem {problem.text[:40]!r}"
+            if self.chat.tokenizer.unk_token_id in self.chat.encode(problem.text):
                 raise ValueError(
                     f"{start} has words that the model has no tokens for: it is a policy of another task, or its words "
                     "are not in task.words; use another --model"
                 )
-            if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
+            if (need := self.longest(problem, plan)) > self.sampler.max_positions:
                 raise ValueError(
                     f"{start} takes up to {need} tokens with sketches or solution, the model has "
                     f"{self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
@@ -487,42 +493,40 @@ class Explorer:
         prompts = self.direct_prompt(problem), self.solve_prompt(problem, range(sketch))
         return max(chain, max(map(len, prompts)) + episode)
 
-    def demonstration(self, demo: Demonstration) -> Iterator[Trajectory]:
+    def demonstration(self, demo: Demonstration) -> list[Trajectory]:
         """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
-        plain, stop = self.direct_prompt(demo.problem), self.chat.stop_ids[:1]
-        sketches, turns = (
-            [(Completion(self.chat.encode(text) + stop, [], "stop"), text) for text in texts]
-            for texts in (demo.sketches, demo.turns)
-        )
+        plain, more = self.direct_prompt(demo.problem), self.text(self.prompts.next)
         chain = Trajectory(self.sketch_prompt(demo.problem), plain)
-        for sketch in sketches:
-            if chain.texts:
-                self.show(self.text(self.prompts.next), chain)
-            chain.wrote(*sketch)
-        prompts = [plain] + [self.solve_prompt(demo.problem, self.chat.encode(s)) for s in demo.sketches[:1]]
-        solutions = [Trajectory(prompt, plain) for prompt in prompts]
+        for sketch in demo.sketches:
+            self.recite(sketch, chain, more)
+        guided = [self.solve_prompt(demo.problem, self.chat.encode(sketch)) for sketch in demo.sketches[:1]]
+        solutions = [Trajectory(prompt, plain) for prompt in [plain, *guided]]
         for solution in solutions:
             episode = self.task.episode(demo.problem)
-            for completion, text in turns:
-                if solution.texts:
-                    self.show(self.observation(episode), solution)
-                solution.wrote(completion, text)
+            for text in demo.turns:
+                self.recite(text, solution, self.observation(episode))
                 episode.act(text)
-        yield from (taught for taught in (chain, *solutions) if taught.texts)
+        return [taught for taught in (chain, *solutions) if taught.texts]
+
+    def recite(self, text: str, trajectory: Trajectory, shown: str) -> None:
+        """As if the policy had written the text, after what it was shown."""
+        self.show(shown, trajectory)
+        ids = self.chat.encode(text) + self.chat.stop_ids[:1]
+        trajectory.wrote(Completion(ids, [], "stop"), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Credit: from outcomes to advantages, and to what the loss is computed on
 
 
-def repeated(outcomes: Sequence[Outcome]) -> list[bool]:
+def repeated(outcomes: Outcomes) -> list[bool]:
     """Of each outcome: whether one before it has the same key. What has no key repeats nothing."""
     keys = [outcome.key for outcome in outcomes]
     return [key is not None and key in keys[:i] for i, key in enumerate(keys)]
 
 
-def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter | None = None, rarity: float = 0.0):
-    """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes).
+def earned(outcomes: Outcomes, repeats="full", counts: Counter | None = None, rarity=0.0):
+    """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes), lists.
 
     repeats="zero": what has the key of an earlier outcome of the same list is no success, and earns 0 or its penalty.
     With counts (for each key, how many groups of the batch found it), a success is worth counts[key] ** -rarity of its
@@ -541,20 +545,12 @@ def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter |
     return rewards, successes
 
 
-def credit(
-    outcomes: Sequence[Sequence[Outcome]],
-    *,
-    chains: bool,
-    baseline: str = "position",
-    scale: str = "std",
-    repeats: str = "full",
-    rarity: float = 0.0,
-    pass_k: int = 8,
-) -> tuple[list[list[float]], list[list[float]]]:
+def credit(outcomes, *, chains: bool, baseline="position", scale="std", repeats="full", rarity=0.0, pass_k=8):
     """Rewards and advantages of a batch: outcomes[p] are those of group (or chain) p, in order, of ALL ranks.
 
     With chains=True each outcome is a guess of its own and rl.chain_advantages compares it over chain, position or
-    batch; else rl.group_advantages compares the answers to one problem. Returns two lists shaped like outcomes.
+    batch (`baseline`); else rl.group_advantages compares the answers to one problem (`pass_k`). `repeats` and `rarity`
+    are those of `earned`. Returns (rewards, advantages), floats in lists shaped like outcomes.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
     >>> credit([[hit, miss]], chains=False, scale="none")
@@ -572,10 +568,10 @@ def credit(
 
 def assign(group: Group, rewards: Sequence[float], advantages: Sequence[float]) -> None:
     """Hand the group's rewards and advantages to its trajectories, in the order of Group.outcomes()."""
-    rewards, advantages = iter(rewards), iter(advantages)
     for trajectory in group.trajectories:
-        trajectory.rewards = [next(rewards) for _ in trajectory.outcomes]
-        trajectory.advantages = [next(advantages) for _ in trajectory.outcomes]
+        size = len(trajectory.outcomes)
+        trajectory.rewards, rewards = rewards[:size], rewards[size:]
+        trajectory.advantages, advantages = advantages[:size], advantages[size:]
 
 
 def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.TrainingSequence]:
@@ -587,14 +583,16 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
         wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
         again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
         contexts = dict(keep=[kept], drop=dropped, imitate=wins, distill=[kept, *again]) | {"is": dropped}
-        rows += [kept] if dropped == [kept] else contexts[context]  # a direct answer is trained once, win or loss
+        # What had no context is trained once, win or loss.
+        rows += [kept] if dropped == [kept] else contexts[context]
     return rows
 
 
 def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
     """The trajectory in the context that it was sampled from: loss on what the policy wrote, and on nothing else."""
     first, targets, advantages = len(trajectory.prompt), [], []
-    turns = len(trajectory.spans) // len(trajectory.advantages)  # an episode's advantage counts for all of them
+    # The advantage of an episode counts for all its turns.
+    turns = len(trajectory.spans) // len(trajectory.advantages)
     for i, (start, end) in enumerate(trajectory.spans):
         targets += range(first + start, first + end)
         advantages += [trajectory.advantages[i // turns]] * (end - start)
@@ -618,7 +616,7 @@ def without_context(trajectory: Trajectory) -> list[rl.TrainingSequence]:
 # Metrics: coverage, unique counts and diversity of every task, from outcome keys alone
 
 
-def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def diversity(outcomes: Outcomes) -> dict[str, float]:
     """Shares of success, of valid, and of duplicates among the valid; counts of unique successes and unique valid.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
@@ -635,7 +633,7 @@ def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def unique(outcomes: Sequence[Outcome], k: int, drawn_together: int = 1) -> float:
+def unique(outcomes: Outcomes, k: int, drawn_together: int = 1) -> float:
     """How many different successes k draws hold, in the mean over all windows of k that follow each other.
 
     Outcomes are in the order in which they were drawn; where `drawn_together` of them are a chain, every window begins
@@ -664,7 +662,7 @@ def mean(measures: Sequence[dict]) -> dict[str, float]:
     return {name: fmean(m[name] for m in measures) for name in measures[0]}
 
 
-def group_metrics(found: Sequence[Sequence[Outcome]], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+def group_metrics(found: Sequence[Outcomes], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
     """Means over the groups of a step: found[p] are the outcomes of group p, rewards[p] what they earned; [P, G].
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
@@ -697,7 +695,7 @@ def text_metrics(counts: dict[str, float]) -> dict[str, float]:
 
 
 def evaluation_metrics(
-    found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
+    found: Sequence[Outcomes], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
 ) -> dict:
     """pass@k, avg@n and unique@k per problem; where targets are known, Coverage@k, the share of them found in k draws,
     and how often each was named.
@@ -709,7 +707,7 @@ def evaluation_metrics(
     {'1': 0.25, '2': 0.5}
     """
     counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
-    smallest = min(n for n, _ in counts)
+    smallest = min(map(len, found))
     ks = [k for k in ks if k <= smallest]
     flat = [o for outcomes in found for o in outcomes]
     diverse = mean([diversity(outcomes) for outcomes in found])
@@ -744,7 +742,7 @@ def measures(evaluation: dict) -> dict:
     return brief
 
 
-def marks(outcomes: Sequence[Outcome]) -> list[str]:
+def marks(outcomes: Outcomes) -> list[str]:
     """For a reader, of each outcome in order: invalid, a repeat (of an earlier key), or else a hit or a miss.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)

@@ -208,9 +208,7 @@ def test_what_was_thought_stays_in_the_history_even_if_the_template_would_drop_i
     chat = Chat(tokenizer, [tokenizer.eos_token_id])
     answer = "<think>a secret</think>\n42"
     first, second = chat.opening("x"), chat.following("y")
-    again = chat.render(
-        [dict(role="user", content="x"), dict(role="assistant", content=answer), dict(role="user", content="y")]
-    )
+    again = chat.render("x", answer, "y")
     assert "secret" not in again  # so rendering it anew would have broken the cached history
     ids = first + chat.encode(answer) + [tokenizer.eos_token_id] + second
     assert chat.decode(ids).endswith(answer + "<|im_end|>\n<|im_start|>user\ny<|im_end|>\n<|im_start|>assistant\n")
