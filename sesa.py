@@ -66,6 +66,8 @@ Outcomes = Sequence[Outcome]
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: from text to token ids
 
+TASK = "{problem}\n\n{answer_hint}"
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -74,11 +76,11 @@ class Prompts:
     `direct` and `sketch` should begin alike: what they share is computed once per problem and forked.
     """
 
-    direct: str = "{problem}\n\n{answer_hint}"
-    sketch: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. On one line, write {sketch_hint}."
+    direct: str = TASK
+    sketch: str = TASK + "\n\nDo not solve it yet. On one line, write {sketch_hint}."
     next: str = "On one line, write another one, different from all of yours above."
-    list: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
-    solve: str = "{problem}\n\n{answer_hint}\n\nFollow this approach: {sketch}"
+    list: str = TASK + "\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
+    solve: str = TASK + "\n\nFollow this approach: {sketch}"
     turn: str = "{observation}"
 
     def replaced(self, values: dict) -> "Prompts":
@@ -280,7 +282,9 @@ class Explorer:
     alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token."""
 
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
-        self.sampler, self.task, self.chat, self.prompts = sampler, task, chat, prompts
+        self.sampler, self.task, self.chat = sampler, task, chat
+        # Where the sketches are the answers, the prompt of evaluation is an empty history.
+        self.prompts = prompts if task.two_stage else replace(prompts, direct=prompts.sketch)
         self.roots: dict[tuple, int] = {}
         # Called with each sketch, or guess, as soon as it is there.
         self.drawn = lambda text: None
@@ -291,29 +295,23 @@ class Explorer:
             template = template.replace("{" + name + "}", value)
         return template.strip()
 
-    def direct_prompt(self, problem: Problem) -> list[int]:
-        """The prompt of evaluation: no sketch. Where the sketches are the answers, that is an empty history."""
-        template = self.prompts.direct if self.task.two_stage else self.prompts.sketch
-        return self.chat.opening(self.text(template, problem=problem.text))
-
-    def sketch_prompt(self, problem: Problem) -> list[int]:
-        return self.chat.opening(self.text(self.prompts.sketch, problem=problem.text))
-
-    def solve_prompt(self, problem: Problem, sketch_ids: Sequence[int]) -> list[int]:
-        return self.chat.opening(self.text(self.prompts.solve, problem=problem.text), sketch_ids)
+    def prompt(self, name: str, problem: Problem, sketch: Sequence[int] = (), **values) -> list[int]:
+        """The "direct" prompt (of evaluation: no sketch), or the one to "sketch", "list", or "solve" with a sketch."""
+        text = self.text(getattr(self.prompts, name), problem=problem.text, **values)
+        return self.chat.opening(text, sketch)
 
     def rollout(self, placed: Sequence[tuple[int, Problem]], plan: Plan, seed: tuple) -> list[Group]:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
         that the result does not depend on how ranks share the work."""
         self.roots.clear()
         others = [None] * len(placed)
-        # A placebo is of the problem before, or of the problem itself if it is alone.
-        if plan.method == "sesa" and plan.sketches == "placebo":
-            draw = self.draft if self.task.two_stage else self.guess_in_turn
+        draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess_in_turn, self.guess)
+        if plan.method == "grpo":
+            program = self.answer
+        elif plan.sketches == "placebo":
+            # Those of the problem before, or its own if it is alone.
             own = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
             others = own[-1:] + own[:-1]
-        explore = self.explore if self.task.two_stage else self.guess
-        program = self.answer if plan.method == "grpo" else explore
         programs = [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, others, strict=True)]
         groups = self.sampler.run(programs)
         self.sampler.release(self.roots.values())
@@ -327,7 +325,7 @@ class Explorer:
 
     def direct(self, problem, plan, seed, numbers: range):
         """Answers to the plain prompt, without a sketch."""
-        plain = self.direct_prompt(problem)
+        plain = self.prompt("direct", problem)
         answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in numbers]
         params = plan.solution_params if self.task.two_stage else plan.sketch_params
         return (yield from self.play(problem, answers, params))
@@ -350,15 +348,14 @@ class Explorer:
         if plan.sketches == "list":
             return (yield from self.draft_list(problem, plan, seed))
         apart = plan.num_sketches if plan.sketches == "iid" else 1
-        chains = [Trajectory(self.sketch_prompt(problem), []) for _ in range(apart)]
+        chains = [Trajectory(self.prompt("sketch", problem), []) for _ in range(apart)]
         return (yield from self.write(problem, plan, seed, chains))
 
     def draft_list(self, problem, plan, seed):
         """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
         count, params = plan.num_sketches, plan.sketch_params
         longer = replace(params, max_new_tokens=count * params.max_new_tokens)
-        prompt = self.chat.opening(self.text(self.prompts.list, count=str(count), problem=problem.text))
-        whole = Trajectory(prompt, [])
+        whole = Trajectory(self.prompt("list", problem, count=str(count)), [])
         yield from self.write(problem, replace(plan, num_sketches=1, sketch_params=longer), seed, [whole])
         lines = [line.strip() for line in whole.texts[0].splitlines() if line.strip()]
         marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
@@ -368,10 +365,10 @@ class Explorer:
 
     def solve(self, problem, drafts: list[Completion], plan, seed):
         """Stage II: M solutions of every sketch, all in parallel."""
-        plain, solutions = self.direct_prompt(problem), []
+        plain, solutions = self.prompt("direct", problem), []
         for i, draft in enumerate(drafts):
             ids = draft.ids[:-1] if draft.finish_reason == "stop" else draft.ids
-            prompt, sketch = self.solve_prompt(problem, ids), self.chat.decode(ids)
+            prompt, sketch = self.prompt("solve", problem, ids), self.chat.decode(ids)
             for j in range(plan.num_solutions):
                 solutions.append(Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), sketch))
         return (yield from self.play(problem, solutions, plan.solution_params))
@@ -381,7 +378,7 @@ class Explorer:
         each other: each after an empty history ("iid"), or after the guesses of another chain ("placebo")."""
         if plan.sketches == "sequential":
             return (yield from self.guess_in_turn(problem, plan, seed))
-        plain, histories = self.sketch_prompt(problem), [[]] * plan.num_sketches
+        plain, histories = self.prompt("sketch", problem), [[]] * plan.num_sketches
         if other:
             [chain] = other.trajectories
             histories = [chain.body[:start] for start, _ in chain.spans]
@@ -390,7 +387,7 @@ class Explorer:
 
     def guess_in_turn(self, problem, plan, seed):
         """A chain of K guesses, each of which sees those before it, and has an outcome of its own."""
-        prompt = self.sketch_prompt(problem)
+        prompt = self.prompt("sketch", problem)
         chain = Trajectory(prompt, prompt)
         yield from self.write(problem, plan, seed, [chain])
         for text in chain.texts:
@@ -435,8 +432,8 @@ class Explorer:
     def branch(self, problem, prompts: list[list[int]]) -> list[int]:
         """Rows that hold the prompts. What all prompts of a problem share is computed once and forked, and so is a
         prompt that comes several times in a row (for the M solutions of a sketch)."""
-        plain = self.direct_prompt(problem)
-        shared = common_prefix(plain, self.sketch_prompt(problem), *prompts)
+        plain = self.prompt("direct", problem)
+        shared = common_prefix(plain, self.prompt("sketch", problem), *prompts)
         if not shared:
             return self.sampler.prefill(prompts)
         root = tuple(plain[:shared])
@@ -485,21 +482,21 @@ class Explorer:
         """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
         Observations are counted as if they were as long as the problem."""
         sketch, again = plan.sketch_params.max_new_tokens, self.chat.following(self.text(self.prompts.next))
-        chain = len(self.sketch_prompt(problem)) + plan.num_sketches * (sketch + len(again))
+        chain = len(self.prompt("sketch", problem)) + plan.num_sketches * (sketch + len(again))
         if not self.task.two_stage:
             return chain
         observed = self.chat.following(self.text(self.prompts.turn, observation=problem.text))
         episode = self.task.max_turns * (plan.solution_params.max_new_tokens + len(observed)) - len(observed)
-        prompts = self.direct_prompt(problem), self.solve_prompt(problem, range(sketch))
+        prompts = self.prompt("direct", problem), self.prompt("solve", problem, range(sketch))
         return max(chain, max(map(len, prompts)) + episode)
 
     def demonstration(self, demo: Demonstration) -> list[Trajectory]:
         """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
-        plain, more = self.direct_prompt(demo.problem), self.text(self.prompts.next)
-        chain = Trajectory(self.sketch_prompt(demo.problem), plain)
+        plain, more = self.prompt("direct", demo.problem), self.text(self.prompts.next)
+        chain = Trajectory(self.prompt("sketch", demo.problem), plain)
         for sketch in demo.sketches:
             self.recite(sketch, chain, more)
-        guided = [self.solve_prompt(demo.problem, self.chat.encode(sketch)) for sketch in demo.sketches[:1]]
+        guided = [self.prompt("solve", demo.problem, self.chat.encode(sketch)) for sketch in demo.sketches[:1]]
         solutions = [Trajectory(prompt, plain) for prompt in [plain, *guided]]
         for solution in solutions:
             episode = self.task.episode(demo.problem)
@@ -519,10 +516,20 @@ class Explorer:
 # Credit: from outcomes to advantages, and to what the loss is computed on
 
 
-def repeated(outcomes: Outcomes) -> list[bool]:
-    """Of each outcome: whether one before it has the same key. What has no key repeats nothing."""
-    keys = [outcome.key for outcome in outcomes]
-    return [key is not None and key in keys[:i] for i, key in enumerate(keys)]
+def marks(outcomes: Outcomes) -> list[str]:
+    """Of each outcome in order: invalid (without a key), a repeat (of an earlier key), or else a hit or a miss.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
+    ['hit', 'repeat', 'miss', 'invalid']
+    """
+    found, seen = [], set()
+    for outcome in outcomes:
+        new = "hit" if outcome.success else "miss"
+        known = "repeat" if outcome.key in seen else new
+        found.append("invalid" if outcome.key is None else known)
+        seen.add(outcome.key)
+    return found
 
 
 def earned(outcomes: Outcomes, repeats="full", counts: Counter | None = None, rarity=0.0):
@@ -537,8 +544,8 @@ def earned(outcomes: Outcomes, repeats="full", counts: Counter | None = None, ra
     ([0.5, 0.0], [True, False])
     """
     rewards, successes = [], []
-    for outcome, again in zip(outcomes, repeated(outcomes), strict=True):
-        void = again and repeats == "zero"
+    for outcome, mark in zip(outcomes, marks(outcomes), strict=True):
+        void = mark == "repeat" and repeats == "zero"
         share = counts[outcome.key] ** -rarity if counts and outcome.success else 1.0
         rewards.append(min(outcome.reward, 0.0) if void else outcome.reward * share)
         successes.append(outcome.success and not void)
@@ -579,12 +586,18 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
     rows = []
     for trajectory in group.trajectories:
         kept, dropped = as_sampled(trajectory), without_context(trajectory)
-        # The losses weigh 0: they count in the denominators. An advantage is that of a whole answer.
+        # A loss weighs 0: it counts in the denominators, and that is all.
         wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
         again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
-        contexts = dict(keep=[kept], drop=dropped, imitate=wins, distill=[kept, *again]) | {"is": dropped}
-        # What had no context is trained once, win or loss.
-        rows += [kept] if dropped == [kept] else contexts[context]
+        trained = {
+            "keep": [kept],
+            "drop": dropped,
+            "is": dropped,
+            "imitate": wins,
+            "distill": [kept, *again],
+        }
+        # What was sampled without a context is trained once, win or loss.
+        rows += [kept] if dropped == [kept] else trained[context]
     return rows
 
 
@@ -669,16 +682,16 @@ def group_metrics(found: Sequence[Outcomes], rewards: Sequence[Sequence[float]])
     >>> group_metrics([[hit, hit], [hit, miss]], [[1.0, 0.0], [1.0, 0.0]])["unique_success"]
     1.0
     """
+    per_group = [diversity(outcomes) for outcomes in found]
+    rates = [group["success"] for group in per_group]
+    rate, size = fmean(rates), len(found[0])
     earnings = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
-    equal = earnings.amax(1) == earnings.amin(1)  # [P]
-    right = torch.tensor([[o.success for o in outcomes] for outcomes in found], dtype=torch.float64)  # [P, G]
-    rate, size = right.mean().item(), right.shape[1]
-    return mean([diversity(outcomes) for outcomes in found]) | dict(
+    return mean(per_group) | dict(
         reward=earnings.mean().item(),
         reward_std=earnings.std(1).mean().item(),
-        frac_reward_zero_std=equal.double().mean().item(),
-        frac_all_right=right.amin(1).mean().item(),
-        frac_all_wrong=1 - right.amax(1).mean().item(),
+        frac_reward_zero_std=fmean(len(set(group)) == 1 for group in rewards),
+        frac_all_right=fmean(rate == 1 for rate in rates),
+        frac_all_wrong=fmean(rate == 0 for rate in rates),
         frac_decided_if_iid=rate**size + (1 - rate) ** size,
     )
 
@@ -740,20 +753,6 @@ def measures(evaluation: dict) -> dict:
     for name in ("pass@k", "unique@k", "coverage"):
         brief[name.replace("@", "_at_")] = {kind: e[name] for kind, e in evaluation.items() if name in e}
     return brief
-
-
-def marks(outcomes: Outcomes) -> list[str]:
-    """For a reader, of each outcome in order: invalid, a repeat (of an earlier key), or else a hit or a miss.
-
-    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
-    >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
-    ['hit', 'repeat', 'miss', 'invalid']
-    """
-    found = []
-    for outcome, again in zip(outcomes, repeated(outcomes), strict=True):
-        known = "repeat" if again else "hit" if outcome.success else "miss"
-        found.append("invalid" if outcome.key is None else known)
-    return found
 
 
 def sample_record(step: int, group: Group) -> dict:
