@@ -150,8 +150,7 @@ class Chat:
         """Of the user and the policy in turn, up to where the policy writes."""
         if not self.tokenizer.chat_template:
             return (self.tokenizer.bos_token or "") + "".join(text + "\n" for text in texts)
-        roles = cycle(["user", "assistant"])
-        messages = [dict(role=role, content=text) for role, text in zip(roles, texts, strict=False)]
+        messages = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def opening(self, text: str, insert: Sequence[int] = ()) -> list[int]:
@@ -279,7 +278,9 @@ class Plan:
 
 class Explorer:
     """Draws sketches and solutions for problems. Each problem is a program (a generator) that is written as if it were
-    alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token."""
+    alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token.
+
+    What takes (problem, plan, seed, ...) is such a program; its random streams derive from the tuple `seed`."""
 
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
         self.sampler, self.task, self.chat = sampler, task, chat
@@ -323,7 +324,7 @@ class Explorer:
         """GRPO: group_size answers i.i.d. to the plain prompt."""
         return Group(problem, (yield from self.direct(problem, plan, seed, range(plan.group_size))))
 
-    def direct(self, problem, plan, seed, numbers: range):
+    def direct(self, problem, plan, seed, numbers):
         """Answers to the plain prompt, without a sketch."""
         plain = self.prompt("direct", problem)
         answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in numbers]
@@ -338,7 +339,7 @@ class Explorer:
             rest = range(plan.num_direct, plan.num_direct + plan.num_sketches * plan.num_solutions)
             return Group(problem, direct + (yield from self.direct(problem, plan, seed, rest)))
         drafts = drafts or (yield from self.draft(problem, plan, seed))
-        solutions = yield from self.solve(problem, drafts, plan, seed)
+        solutions = yield from self.solve(problem, plan, seed, drafts)
         sketches = [self.chat.decode(draft.ids) for draft in drafts]
         tokens = sum(len(draft.ids) for draft in drafts)
         return Group(problem, direct + solutions, sketches, tokens, stuck=bool(direct) and not solved)
@@ -363,7 +364,7 @@ class Explorer:
         lines = islice(cycle(marked or lines or [""]), count)
         return [Completion(self.chat.encode(line), [], "length") for line in lines]
 
-    def solve(self, problem, drafts: list[Completion], plan, seed):
+    def solve(self, problem, plan, seed, drafts):
         """Stage II: M solutions of every sketch, all in parallel."""
         plain, solutions = self.prompt("direct", problem), []
         for i, draft in enumerate(drafts):
@@ -373,7 +374,7 @@ class Explorer:
                 solutions.append(Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), sketch))
         return (yield from self.play(problem, solutions, plan.solution_params))
 
-    def guess(self, problem, plan, seed, other: Group | None = None):
+    def guess(self, problem, plan, seed, other=None):
         """SESA where the sketches are the answers: a chain of K guesses, or as an ablation K guesses that do not see
         each other: each after an empty history ("iid"), or after the guesses of another chain ("placebo")."""
         if plan.sketches == "sequential":
@@ -398,7 +399,7 @@ class Explorer:
 
     # ------------------------------------------------------------------------------------------------ how it is drawn
 
-    def write(self, problem, plan, seed, chains: list[Trajectory]):
+    def write(self, problem, plan, seed, chains):
         """Let the policy write num_sketches texts: one into each chain, then the next into each, and so on."""
         rows, drafts = self.branch(problem, [chain.prompt for chain in chains]), []
         while len(drafts) < plan.num_sketches:
@@ -412,7 +413,7 @@ class Explorer:
         self.sampler.release(rows)
         return drafts
 
-    def play(self, problem, trajectories: list[Trajectory], params):
+    def play(self, problem, trajectories, params):
         """Play one episode for each trajectory to its end; those that are over leave, the others are shown more."""
         rows = self.branch(problem, [t.prompt for t in trajectories])
         alive = [(row, t, self.task.episode(problem)) for row, t in zip(rows, trajectories, strict=True)]
@@ -589,13 +590,7 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
         # A loss weighs 0: it counts in the denominators, and that is all.
         wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
         again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
-        trained = {
-            "keep": [kept],
-            "drop": dropped,
-            "is": dropped,
-            "imitate": wins,
-            "distill": [kept, *again],
-        }
+        trained = {"keep": [kept], "drop": dropped, "is": dropped, "imitate": wins, "distill": [kept, *again]}
         # What was sampled without a context is trained once, win or loss.
         rows += [kept] if dropped == [kept] else trained[context]
     return rows
@@ -684,15 +679,15 @@ def group_metrics(found: Sequence[Outcomes], rewards: Sequence[Sequence[float]])
     """
     per_group = [diversity(outcomes) for outcomes in found]
     rates = [group["success"] for group in per_group]
-    rate, size = fmean(rates), len(found[0])
+    overall, size = fmean(rates), len(found[0])
     earnings = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
     return mean(per_group) | dict(
         reward=earnings.mean().item(),
         reward_std=earnings.std(1).mean().item(),
         frac_reward_zero_std=fmean(len(set(group)) == 1 for group in rewards),
         frac_all_right=fmean(rate == 1 for rate in rates),
-        frac_all_wrong=fmean(rate == 0 for rate in rates),
-        frac_decided_if_iid=rate**size + (1 - rate) ** size,
+        frac_all_wrong=1 - fmean(rate > 0 for rate in rates),
+        frac_decided_if_iid=overall**size + (1 - overall) ** size,
     )
 
 
