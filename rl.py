@@ -79,7 +79,7 @@ def group_advantages(rewards: Tensor, success: Tensor, scale="std", pass_k=8, ep
     if scale == "passk":
         advantages = _pass_k_advantages(success, pass_k).to(rewards.dtype)  # [..., G]
     else:
-        advantages = _centered(rewards, (-1,), divide_by_std=scale == "std", eps=eps)  # [..., G]
+        advantages = _centered(rewards, (-1,), scale, eps)  # [..., G]
     if scale == "loo":  # r - (sum - r) / (G - 1) = (r - mean) * G / (G - 1)
         advantages = advantages * (rewards.shape[-1] / (rewards.shape[-1] - 1))
     decided = success.all(-1, keepdim=True) | ~success.any(-1, keepdim=True)  # [..., 1]
@@ -109,16 +109,16 @@ def chain_advantages(rewards: Tensor, baseline="chain", scale="none", eps=1e-4) 
     dims = {"chain": (1,), "position": (0,), "batch": (0, 1)}
     _require("baseline", baseline, dims)
     _require("scale", scale, ("none", "std"))
-    return _centered(rewards, dims[baseline], divide_by_std=scale == "std", eps=eps)
+    return _centered(rewards, dims[baseline], scale, eps)
 
 
-def _centered(rewards: Tensor, dims: tuple[int, ...], divide_by_std: bool, eps: float) -> Tensor:
-    """rewards - mean over dims, divided by std + eps if wanted; exactly 0, not a rounding error, if all are equal."""
+def _centered(rewards: Tensor, dims: tuple[int, ...], scale: str, eps: float) -> Tensor:
+    """rewards - mean over dims, divided by std + eps with "std"; exactly 0, not a rounding error, if all are equal."""
     size = math.prod(rewards.shape[dim] for dim in dims)
     if size < 2:
         raise ValueError(f"a baseline over {size} reward compares nothing; it needs 2 or more: sample more answers")
     advantages = rewards - rewards.mean(dims, keepdim=True)
-    if divide_by_std:
+    if scale == "std":
         advantages = advantages / (rewards.std(dims, keepdim=True) + eps)
     equal = rewards.amax(dims, keepdim=True) == rewards.amin(dims, keepdim=True)
     return advantages.masked_fill(equal, 0.0)
@@ -134,12 +134,10 @@ def _pass_k_advantages(success: Tensor, k: int) -> Tensor:
     """
     size = success.shape[-1]
     right = success.sum(-1, keepdim=True).double()  # [..., 1]
-    wrong = size - right  # [..., 1]
     rate = pass_at_k(size, right, k)  # [..., 1]   R
-    std = (rate * (1 - rate)).sqrt()  # [..., 1]
     # Where all succeed or all fail, group_advantages puts 0 in place of what is here.
-    positive = torch.where(rate < 1, (1 - rate) / std, 0.0)  # [..., 1]
-    return torch.where(success, positive, -positive * right / wrong)
+    positive = torch.where(rate < 1, (1 - rate) / (rate * (1 - rate)).sqrt(), 0.0)  # [..., 1]
+    return torch.where(success, positive, -positive * right / (size - right))
 
 
 def pass_at_k(n: int, c: int | Tensor, k: int) -> float | Tensor:
@@ -297,10 +295,13 @@ def set_token_weights(
     counted = [row for row in rows if not row.again]
     answers, tokens = sum(row.answers for row in counted), sum(len(row.targets) for row in counted)
     total = count(dict(num_sequences=answers, num_tokens=tokens))
-    for row in rows:
-        most = max_new_tokens * row.answers
-        weights = token_weights(torch.tensor([len(row.targets)]), loss_type, **total, max_new_tokens=most)  # [targets]
-        row.token_weights = row.weight * (weights * (1 if loss_type == "dapo" else row.answers))
+    for kind in {(row.answers, row.again) for row in rows}:
+        mine, answers = [row for row in rows if (row.answers, row.again) == kind], kind[0]
+        lengths = torch.tensor([len(row.targets) for row in mine])  # [S]
+        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens * answers)  # [N]
+        weights = weights * (1 if loss_type == "dapo" else answers)
+        for row, part in zip(mine, weights.split(lengths.tolist()), strict=True):
+            row.token_weights = row.weight * part
 
 
 def loss_inputs(rows: Sequence[TrainingSequence], device, is_options: dict | None = None) -> tuple[list, Tensor]:
@@ -451,8 +452,7 @@ def update_metrics(
         "clip_ratio/low": (ratio < 1 - clip_low) & (advantages < 0),
         "clip_ratio/high": (ratio > 1 + clip_high) & (advantages > 0),
     }
-    known = {name: values[counted] for name, values in metrics.items() if values is not None}
-    return {name: values.sum(dtype=torch.float64) for name, values in known.items()}
+    return {name: x[counted].sum(dtype=torch.float64) for name, x in metrics.items() if x is not None}
 
 
 def mean_metrics(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -404,7 +404,7 @@ class Explorer:
         rows, drafts = self.branch(problem, [chain.prompt for chain in chains]), []
         while len(drafts) < plan.num_sketches:
             for chain, row in zip(chains, rows, strict=True):
-                self.show(self.text(self.prompts.next), chain, row)
+                self.show(chain, row=row)
             seeds = [derive_seed(*seed, "sketch", len(drafts) + i) for i in range(len(chains))]
             drafts += yield rows, plan.sketch_params, seeds
             for chain, draft in zip(chains, drafts[-len(chains) :], strict=True):
@@ -426,7 +426,7 @@ class Explorer:
                     trajectory.outcomes = [episode.outcome()]
                     self.sampler.release([row])
                 else:
-                    self.show(self.observation(episode), trajectory, row)
+                    self.show(trajectory, episode, row)
             alive = [one for one in alive if not one[1].outcomes]
         return trajectories
 
@@ -448,17 +448,19 @@ class Explorer:
             self.sampler.release(stem)
         return rows
 
-    def show(self, text: str, trajectory: Trajectory, row: int | None = None) -> None:
-        """Show the policy the user's next text (and the end of its own turn, where that was cut), in its row if it has
-        one. Before its first turn there is nothing to be shown."""
+    def show(self, trajectory: Trajectory, episode=None, row: int | None = None) -> None:
+        """Show the policy what follows its turn: the end of that, if it was cut, and what the episode has to say, or
+        without an episode that another text is wanted. Before the first turn it is nothing. In its row, if it has one.
+        """
         if trajectory.texts:
-            ids = self.chat.stop_ids[:1] * trajectory.truncated[-1] + self.chat.following(text)
-            trajectory.body += ids
-            if row is not None and ids:
-                self.sampler.extend([row], [ids])
-
-    def observation(self, episode) -> str:
-        return self.text(self.prompts.turn, observation=episode.observe())
+            template, seen = self.prompts.next, ""
+            if episode is not None:
+                template, seen = self.prompts.turn, episode.observe()
+            more = self.chat.following(self.text(template, observation=seen))
+            more = self.chat.stop_ids[:1] * trajectory.truncated[-1] + more
+            trajectory.body += more
+            if row is not None and more:
+                self.sampler.extend([row], [more])
 
     # ------------------------------------------------------------------------------------------------ beside sampling
 
@@ -493,22 +495,22 @@ class Explorer:
 
     def demonstration(self, demo: Demonstration) -> list[Trajectory]:
         """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
-        plain, more = self.prompt("direct", demo.problem), self.text(self.prompts.next)
+        plain = self.prompt("direct", demo.problem)
         chain = Trajectory(self.prompt("sketch", demo.problem), plain)
         for sketch in demo.sketches:
-            self.recite(sketch, chain, more)
+            self.recite(sketch, chain)
         guided = [self.prompt("solve", demo.problem, self.chat.encode(sketch)) for sketch in demo.sketches[:1]]
         solutions = [Trajectory(prompt, plain) for prompt in [plain, *guided]]
         for solution in solutions:
             episode = self.task.episode(demo.problem)
             for text in demo.turns:
-                self.recite(text, solution, self.observation(episode))
+                self.recite(text, solution, episode)
                 episode.act(text)
         return [taught for taught in (chain, *solutions) if taught.texts]
 
-    def recite(self, text: str, trajectory: Trajectory, shown: str) -> None:
-        """As if the policy had written the text, after what it was shown."""
-        self.show(shown, trajectory)
+    def recite(self, text: str, trajectory: Trajectory, episode=None) -> None:
+        """As if the policy had been shown what follows its last turn, and had written the text."""
+        self.show(trajectory, episode)
         ids = self.chat.encode(text) + self.chat.stop_ids[:1]
         trajectory.wrote(Completion(ids, [], "stop"), text)
 
