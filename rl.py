@@ -37,7 +37,8 @@ from torch import Tensor
 
 from kernels import TokenStats
 
-MAX_LOG_RATIO = 20.0  # exp(20) is far outside any clip; exp(89) is inf, and inf * (advantage 0) is nan: a lost model
+# exp(20) is far outside any clip; exp(89) is inf, and inf * (advantage 0) is nan: a lost model.
+MAX_LOG_RATIO = 20.0
 
 
 def _require(name: str, value: str, options: Iterable[str]) -> None:
@@ -49,9 +50,7 @@ def _require(name: str, value: str, options: Iterable[str]) -> None:
 # Advantages: from rewards to one number per answer
 
 
-def group_advantages(
-    rewards: Tensor, success: Tensor, scale: str = "std", pass_k: int = 8, eps: float = 1e-4
-) -> Tensor:
+def group_advantages(rewards: Tensor, success: Tensor, scale="std", pass_k=8, eps=1e-4) -> Tensor:
     """How much better each answer is than the other answers to the same problem.
 
     rewards [..., G] float, success [..., G] bool; a group is the last dimension, G >= 2. Returns [..., G].
@@ -80,14 +79,14 @@ def group_advantages(
     if scale == "passk":
         advantages = _pass_k_advantages(success, pass_k).to(rewards.dtype)  # [..., G]
     else:
-        advantages = _centered(rewards, (-1,), divide_by_std=scale == "std", eps=eps)  # [..., G]
+        advantages = _centered(rewards, (-1,), scale, eps)  # [..., G]
     if scale == "loo":  # r - (sum - r) / (G - 1) = (r - mean) * G / (G - 1)
         advantages = advantages * (rewards.shape[-1] / (rewards.shape[-1] - 1))
     decided = success.all(-1, keepdim=True) | ~success.any(-1, keepdim=True)  # [..., 1]
     return advantages.masked_fill(decided, 0.0)
 
 
-def chain_advantages(rewards: Tensor, baseline: str = "chain", scale: str = "none", eps: float = 1e-4) -> Tensor:
+def chain_advantages(rewards: Tensor, baseline="chain", scale="none", eps=1e-4) -> Tensor:
     """Advantages where the sketches are the answers: C chains of K guesses, each guess rewarded by itself.
 
     rewards [C, K] float: the chains of all ranks, or else the result depends on their number. Returns [C, K]. The
@@ -110,16 +109,16 @@ def chain_advantages(rewards: Tensor, baseline: str = "chain", scale: str = "non
     dims = {"chain": (1,), "position": (0,), "batch": (0, 1)}
     _require("baseline", baseline, dims)
     _require("scale", scale, ("none", "std"))
-    return _centered(rewards, dims[baseline], divide_by_std=scale == "std", eps=eps)
+    return _centered(rewards, dims[baseline], scale, eps)
 
 
-def _centered(rewards: Tensor, dims: tuple[int, ...], divide_by_std: bool, eps: float) -> Tensor:
-    """rewards - mean over dims, divided by std + eps if wanted; exactly 0, not a rounding error, if all are equal."""
+def _centered(rewards: Tensor, dims: tuple[int, ...], scale: str, eps: float) -> Tensor:
+    """rewards - mean over dims, divided by std + eps with "std"; exactly 0, not a rounding error, if all are equal."""
     size = math.prod(rewards.shape[dim] for dim in dims)
     if size < 2:
         raise ValueError(f"a baseline over {size} reward compares nothing; it needs 2 or more: sample more answers")
     advantages = rewards - rewards.mean(dims, keepdim=True)
-    if divide_by_std:
+    if scale == "std":
         advantages = advantages / (rewards.std(dims, keepdim=True) + eps)
     equal = rewards.amax(dims, keepdim=True) == rewards.amin(dims, keepdim=True)
     return advantages.masked_fill(equal, 0.0)
@@ -135,13 +134,10 @@ def _pass_k_advantages(success: Tensor, k: int) -> Tensor:
     """
     size = success.shape[-1]
     right = success.sum(-1, keepdim=True).double()  # [..., 1]
-    wrong = size - right  # [..., 1]
     rate = pass_at_k(size, right, k)  # [..., 1]   R
-    std = (rate * (1 - rate)).sqrt()  # [..., 1]
-    mixed = (rate > 0) & (rate < 1)  # [..., 1]
-    positive = torch.where(mixed, (1 - rate) / std, 0.0)  # [..., 1]
-    negative = torch.where(mixed, -positive * right / wrong, 0.0)  # [..., 1]
-    return torch.where(success, positive, negative)
+    # Where all succeed or all fail, group_advantages puts 0 in place of what is here.
+    positive = torch.where(rate < 1, (1 - rate) / (rate * (1 - rate)).sqrt(), 0.0)  # [..., 1]
+    return torch.where(success, positive, -positive * right / (size - right))
 
 
 def pass_at_k(n: int, c: int | Tensor, k: int) -> float | Tensor:
@@ -161,10 +157,8 @@ def pass_at_k(n: int, c: int | Tensor, k: int) -> float | Tensor:
     if ((counts < 0) | (counts > n)).any():
         raise ValueError(f"c is {c}, but of {n} samples 0 to {n} can be right; count the right ones of these samples")
     wrong = n - (c.double() if isinstance(c, Tensor) else c)
-    none_right = 1.0
-    for i in range(k):  # reaches an exact 0 at i = wrong, if wrong < k, and stays there
-        none_right = none_right * ((wrong - i) / (n - i))
-    return 1.0 - none_right
+    # The product reaches an exact 0 at i = wrong, if wrong < k, and stays there.
+    return 1.0 - math.prod((wrong - i) / (n - i) for i in range(k))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,21 +184,23 @@ def token_weights(
     tensor([0.5000, 0.2500, 0.2500])
     """
     _require("loss_type", loss_type, ("grpo", "dapo", "dr_grpo"))
+    counts = lengths.tolist()
     for name, total, here in (
-        ("num_sequences", num_sequences, lengths.numel()),
-        ("num_tokens", num_tokens, int(lengths.sum())),
-        ("max_new_tokens", max_new_tokens, int(lengths.amax()) if lengths.numel() else 0),
+        ("num_sequences", num_sequences, len(counts)),
+        ("num_tokens", num_tokens, sum(counts)),
+        ("max_new_tokens", max_new_tokens, max(counts, default=0)),
     ):
         if total < here:
-            raise ValueError(
-                f"{name} is {total}, but must be at least the {here} of this micro-batch; count over the whole step"
-            )
-    denominators = {
-        "grpo": num_sequences * lengths,
-        "dapo": torch.full_like(lengths, num_tokens),
-        "dr_grpo": torch.full_like(lengths, num_sequences * max_new_tokens),
-    }  # [S] each
-    return 1.0 / denominators[loss_type].repeat_interleave(lengths)  # [N]   an empty sequence divides nothing by its 0
+            rule = f"must be at least the {here} of this micro-batch; count over the whole step"
+            raise ValueError(f"{name} is {total}, but {rule}")
+    ones = torch.ones_like(lengths)
+    denominators = dict(
+        grpo=num_sequences * lengths,
+        dapo=num_tokens * ones,
+        dr_grpo=num_sequences * max_new_tokens * ones,
+    )  # [S] each
+    # An empty sequence divides nothing by its 0.
+    return 1.0 / denominators[loss_type].repeat_interleave(lengths)  # [N]
 
 
 def importance_weight(
@@ -244,17 +240,25 @@ def importance_weight(
 
 @dataclass
 class TrainingSequence:
-    """One row of the loss: token ids, which of them are trained, and what is known of each trained token."""
+    """One row of the loss: token ids, which of them are trained, and what is known of each trained token.
+
+    ids[t] is predicted from ids[:t], for t in targets. Of each target: its advantage, and its log-prob in the context
+    that was sampled from; old_logps [targets] are those in this context, by the policy before the updates (where they
+    are needed), token_weights [targets] those of `set_token_weights`.
+    weight: of the row; with 0 it counts in the denominators, and that is all.
+    answers: how many its tokens hold: K for a chain of K guesses.
+    again: it is in the loss for a second time, in another context, and counts in no denominator.
+    """
 
     ids: list[int]
-    targets: list[int]  # ids[t] is predicted from ids[:t], for t in targets
-    advantages: list[float]  # per target
-    sampled_logps: list[float]  # per target, in the context that was sampled from
-    weight: float = 1.0  # 0: it counts in the denominators, and that is all
-    answers: int = 1  # how many answers its tokens hold: K for a chain of K guesses
-    again: bool = False  # in the loss for a second time, in another context: counts in no denominator
-    old_logps: Tensor | None = None  # [targets] in this context, by the policy before the updates; where needed
-    token_weights: Tensor | None = None  # [targets], see `set_token_weights`
+    targets: list[int]
+    advantages: list[float]
+    sampled_logps: list[float]
+    weight: float = 1.0
+    answers: int = 1
+    again: bool = False
+    old_logps: Tensor | None = None
+    token_weights: Tensor | None = None
 
 
 def micro_batches(rows: Sequence[TrainingSequence], budget: int) -> Iterator[list[TrainingSequence]]:
@@ -265,15 +269,12 @@ def micro_batches(rows: Sequence[TrainingSequence], budget: int) -> Iterator[lis
     >>> [[len(row.ids) for row in batch] for batch in micro_batches(rows, budget=8)]
     [[4, 3], [2]]
     """
-    batch = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        longest = len(batch[0].ids) if batch else 0
-        if longest * (len(batch) + 1) > budget or 2 * len(row.ids) < longest:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
+    rows = sorted(rows, key=lambda row: -len(row.ids))
+    while rows:
+        longest = len(rows[0].ids)
+        batch = [row for row in rows[: max(1, budget // longest)] if 2 * len(row.ids) >= longest]
         yield batch
+        rows = rows[len(batch) :]
 
 
 def set_token_weights(
@@ -295,10 +296,10 @@ def set_token_weights(
     answers, tokens = sum(row.answers for row in counted), sum(len(row.targets) for row in counted)
     total = count(dict(num_sequences=answers, num_tokens=tokens))
     for kind in {(row.answers, row.again) for row in rows}:
-        mine, held = [row for row in rows if (row.answers, row.again) == kind], kind[0]
+        mine, answers = [row for row in rows if (row.answers, row.again) == kind], kind[0]
         lengths = torch.tensor([len(row.targets) for row in mine])  # [S]
-        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens * held)  # [N]
-        weights = weights * (1 if loss_type == "dapo" else held)
+        weights = token_weights(lengths, loss_type, **total, max_new_tokens=max_new_tokens * answers)  # [N]
+        weights = weights * (1 if loss_type == "dapo" else answers)
         for row, part in zip(mine, weights.split(lengths.tolist()), strict=True):
             row.token_weights = row.weight * part
 
@@ -343,11 +344,9 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     """
     _require("kind", kind, ("k1", "k2", "k3"))
     difference = logp - ref_logp  # [N]
-    if kind == "k1":
-        return difference
-    if kind == "k2":
-        return difference.square() / 2
-    return torch.expm1(-difference) + difference  # expm1: k3 is about d^2 / 2, lost to rounding in exp(-d) - 1 + d
+    # expm1: k3 is about d^2 / 2, which is lost to rounding in exp(-d) - 1 + d.
+    estimates = dict(k1=difference, k2=difference.square() / 2, k3=torch.expm1(-difference) + difference)
+    return estimates[kind]
 
 
 def policy_loss(
@@ -446,16 +445,14 @@ def update_metrics(
     metrics = {
         "tokens": torch.ones_like(ratio),
         "entropy": stats.entropy,
+        "kl": stats.kl,
+        "is_weight": is_weight,
         "ratio": ratio,
         "approx_kl": ratio - 1 - log_ratio,
         "clip_ratio/low": (ratio < 1 - clip_low) & (advantages < 0),
         "clip_ratio/high": (ratio > 1 + clip_high) & (advantages > 0),
     }
-    if stats.kl is not None:
-        metrics["kl"] = stats.kl
-    if is_weight is not None:
-        metrics["is_weight"] = is_weight
-    return {name: values[counted].sum(dtype=torch.float64) for name, values in metrics.items()}
+    return {name: x[counted].sum(dtype=torch.float64) for name, x in metrics.items() if x is not None}
 
 
 def mean_metrics(sums: dict[str, Tensor]) -> dict[str, float]:

@@ -33,17 +33,22 @@ deviate from it, or chose what it leaves open:
     tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
     values stay valid.
 
-This file knows no file and no process group; `rollout` gives Groups, `credit` their advantages, `sequences` what the
-loss is computed on. P problems, K sketches, M solutions per sketch, G answers in a group, C chains.
+Where to look. What is drawn: Explorer.answer (GRPO), explore (Stage I is draft, Stage II solve), guess (the sketches
+are the answers); a prompt is forked in Explorer.branch. What is rewarded: earned, where a repeat earns 0; credit makes
+advantages of it. What is trained: sequences, in a table of the contexts; without_context drops the sketch.
+
+This file knows no file and no process group. P problems, K sketches, M solutions per sketch, G answers in a group, C
+chains.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate, groupby
+from itertools import cycle, groupby, islice
+from os.path import commonprefix
 from statistics import fmean
 
 import torch
@@ -52,11 +57,16 @@ import rl
 from sampler import Completion, Sampler, SamplingParams
 from tasks import Demonstration, Outcome, Problem
 
-SLOT = "\ue000"  # a private-use character, stands for token ids in a rendered prompt
+# A private-use character, stands for token ids in a rendered prompt.
+SLOT = "\ue000"
+
+Outcomes = Sequence[Outcome]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: from text to token ids
+
+TASK = "{problem}\n\n{answer_hint}"
 
 
 @dataclass(frozen=True)
@@ -66,28 +76,26 @@ class Prompts:
     `direct` and `sketch` should begin alike: what they share is computed once per problem and forked.
     """
 
-    direct: str = "{problem}\n\n{answer_hint}"
-    sketch: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. On one line, write {sketch_hint}."
+    direct: str = TASK
+    sketch: str = TASK + "\n\nDo not solve it yet. On one line, write {sketch_hint}."
     next: str = "On one line, write another one, different from all of yours above."
-    list: str = "{problem}\n\n{answer_hint}\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
-    solve: str = "{problem}\n\n{answer_hint}\n\nFollow this approach: {sketch}"
+    list: str = TASK + "\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
+    solve: str = TASK + "\n\nFollow this approach: {sketch}"
     turn: str = "{observation}"
 
     def replaced(self, values: dict) -> "Prompts":
         """These with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
-        known = [f.name for f in fields(self)]
         for name, text in values.items():
-            if name not in known or not isinstance(text, str):
-                raise ValueError(f"prompt {name!r}: must be one of {', '.join(known)}, each a string")
+            if name not in vars(self) or not isinstance(text, str):
+                raise ValueError(f"prompt {name!r}: must be one of {', '.join(vars(self))}, each a string")
         prompts = replace(self, **values)
         if prompts.solve.count("{sketch}") != 1:
             raise ValueError(f"prompt 'solve' is {prompts.solve!r}: must hold {{sketch}} once, where the sketch goes")
         return prompts
 
 
-# Where the sketches are the answers.
+# Where the sketches are the answers, only `sketch` and `next` are used.
 ANSWER_PROMPTS = Prompts(
-    direct="{problem} Write {sketch_hint}. {answer_hint}",
     sketch="{problem} Write {sketch_hint}. {answer_hint}",
     next="Write another one, different from all of yours above.",
 )
@@ -97,8 +105,10 @@ QUESTION = Prompts(
     sketch="{problem}\n\nDo not answer yet. On one line, write {sketch_hint}.",
     solve="{problem}\n\nFollow this approach: {sketch}",
 )
-BRIEFLY = "{problem} Answer in a few words."
-QUESTION_IN_TURN = Prompts(direct=BRIEFLY, sketch=BRIEFLY, next="Another one, different from all of yours above.")
+QUESTION_IN_TURN = Prompts(
+    sketch="{problem} Answer in a few words.",
+    next="Another one, different from all of yours above.",
+)
 # The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
 TINY_PROMPTS = Prompts(
     direct="{problem} <solve>",
@@ -107,7 +117,7 @@ TINY_PROMPTS = Prompts(
     solve="{problem} <sketch> {sketch} <solve>",
     turn="{observation} <solve>",
 )
-TINY_ANSWER_PROMPTS = Prompts(direct="{problem}", sketch="{problem}", next="", solve="{problem} {sketch}")
+TINY_ANSWER_PROMPTS = Prompts(sketch="{problem}", next="")
 TINY_WORDS = ["<sketch>", "<solve>"]
 
 
@@ -126,40 +136,40 @@ class Chat:
 
     def __init__(self, tokenizer, stop_ids: Sequence[int]):
         self.tokenizer, self.stop_ids = tokenizer, list(stop_ids)
-        self.encode, self.following = lru_cache(50_000)(self._encode), lru_cache(1_000)(self._following)
+        self.following = lru_cache(1_000)(self._following)
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without the stop token that ends them."""
-        ids = list(ids[:-1]) if len(ids) and ids[-1] in self.stop_ids else list(ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        ended = set(ids[-1:]) & set(self.stop_ids)
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
 
-    def render(self, messages: list[dict]) -> str:
-        if self.tokenizer.chat_template:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return (self.tokenizer.bos_token or "") + "".join(m["content"] + "\n" for m in messages)
+    def render(self, *texts: str) -> str:
+        """Of the user and the policy in turn, up to where the policy writes."""
+        if not self.tokenizer.chat_template:
+            return (self.tokenizer.bos_token or "") + "".join(text + "\n" for text in texts)
+        messages = [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def opening(self, text: str, insert: Sequence[int] = ()) -> list[int]:
-        """A conversation that opens with the user's text, up to where the policy writes; `insert` replaces SLOT."""
-        pieces = self.render([dict(role="user", content=text)]).split(SLOT)
-        ids = [self.encode(piece) for piece in pieces]
-        return ids[0] + [i for piece in ids[1:] for i in (*insert, *piece)]
+        """A conversation that opens with the user's text; `insert` replaces SLOT."""
+        before, *after = [self.encode(piece) for piece in self.render(text).split(SLOT)]
+        return before + [i for piece in after for i in (*insert, *piece)]
 
     def _following(self, text: str) -> list[int]:
         """What comes between the policy's stop token and its next turn: the end of its turn and the user's text."""
         if not self.tokenizer.chat_template:
-            return self.encode("\n" + text + "\n") if text else []
-        turns = [dict(role="user", content=""), dict(role="assistant", content=SLOT), dict(role="user", content=text)]
-        tail = self.render(turns).split(SLOT)
-        if len(tail) != 2:
+            return self.encode(text and f"\n{text}\n")
+        _, *after = self.render("", SLOT, text).split(SLOT)
+        if len(after) != 1:
             raise ValueError(
                 "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
                 "use a model with another template, or --method grpo on a single-turn task"
             )
-        ids = self.encode(tail[1].lstrip())
-        return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(tail[1])
+        ids = self.encode(after[0].lstrip())
+        return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(after[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,17 +181,18 @@ class Trajectory:
     """One conversation, token by token: what the policy was shown and what it wrote.
 
     `prompt` is the context it was sampled under, `plain` the prompt of the same problem without a sketch. `body` is all
-    that follows the prompt; spans[j] = (start, end) in body is the policy's j-th text, its stop token included. An
-    episode has one outcome, a chain of guesses one for each span; rewards and advantages go with the outcomes.
+    that follows the prompt; spans[j] = (start, end) in body is the policy's j-th text, its stop token included; logps
+    are those of all that it wrote, as sampled. An episode has one outcome, a chain of guesses one for each span;
+    rewards and advantages go with the outcomes.
     """
 
     prompt: list[int]
     plain: list[int]
-    seed: int
+    seed: int = 0
     sketch: str | None = None
     body: list[int] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)  # of the written tokens, as sampled
+    logps: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -191,26 +202,23 @@ class Trajectory:
     def wrote(self, completion: Completion, text: str) -> None:
         self.spans.append((len(self.body), len(self.body) + len(completion.ids)))
         self.body += completion.ids
-        self.logps += list(completion.logps)
+        self.logps += completion.logps
         self.texts.append(text)
         self.truncated.append(completion.finish_reason == "length")
-
-    def shown(self, ids: Sequence[int]) -> None:
-        self.body += ids
-
-    def span_tokens(self) -> list[int]:
-        return [end - start for start, end in self.spans]
 
 
 @dataclass
 class Group:
-    """What was found for one problem: its sketches (texts), and the trajectories that are compared with each other."""
+    """What was found for one problem: its sketches (texts), and the trajectories that are compared with each other.
+
+    stuck: the group is mixed, and none of the direct answers succeeded.
+    """
 
     problem: Problem
     trajectories: list[Trajectory]
     sketches: list[str] = field(default_factory=list)
     sketch_tokens: int = 0
-    stuck: bool = False  # of a mixed group: none of the direct answers succeeded
+    stuck: bool = False
 
     def outcomes(self) -> list[Outcome]:
         return [o for t in self.trajectories for o in t.outcomes]
@@ -241,10 +249,10 @@ def derive_seed(*parts: Hashable) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens a and b share, less one if one of them ends there (a branch has a token of its own)."""
-    shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return min(shared, len(a) - 1, len(b) - 1)
+def common_prefix(*contexts: Sequence[int]) -> int:
+    """How many leading tokens they share, less one if one of them ends there (a branch has a token of its own)."""
+    # That of os.path takes any sequences.
+    return min(len(commonprefix(contexts)), *(len(ids) - 1 for ids in contexts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,271 +262,281 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 @dataclass(frozen=True)
 class Plan:
     """How to sample. method "grpo": group_size answers i.i.d.; "sesa": num_sketches x num_solutions, sketches first,
-    and num_direct answers without any (deviation 6)."""
+    and num_direct answers without any; explore is "always" or "stuck" (deviation 6), sketches are "sequential" or one
+    of deviation 7."""
 
     method: str = "sesa"
     num_sketches: int = 16
     num_solutions: int = 1
     group_size: int = 16
     num_direct: int = 0
-    explore: str = "always"  # | stuck
-    sketches: str = "sequential"  # | iid | list | placebo
+    explore: str = "always"
+    sketches: str = "sequential"
     sketch_params: SamplingParams = SamplingParams(max_new_tokens=64)
     solution_params: SamplingParams = SamplingParams(max_new_tokens=512)
 
 
 class Explorer:
     """Draws sketches and solutions for problems. Each problem is a program (a generator) that is written as if it were
-    alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token."""
+    alone: it yields (rows, params, seeds) and is sent completions; Sampler.run batches all programs at every token.
+
+    What takes (problem, plan, seed, ...) is such a program; its random streams derive from the tuple `seed`."""
 
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
-        self.sampler, self.task, self.chat, self.prompts = sampler, task, chat, prompts
+        self.sampler, self.task, self.chat = sampler, task, chat
+        # Where the sketches are the answers, the prompt of evaluation is an empty history.
+        self.prompts = prompts if task.two_stage else replace(prompts, direct=prompts.sketch)
         self.roots: dict[tuple, int] = {}
-        self.drawn = lambda text: None  # called with each sketch, or guess, of a chain as soon as it is there
+        # Called with each sketch, or guess, as soon as it is there.
+        self.drawn = lambda text: None
 
     def text(self, template: str, **values) -> str:
-        values = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT) | values
-        for name, value in values.items():
+        hints = dict(answer_hint=self.task.answer_hint, sketch_hint=self.task.sketch_hint, sketch=SLOT)
+        for name, value in (hints | values).items():
             template = template.replace("{" + name + "}", value)
         return template.strip()
 
-    def direct_prompt(self, problem: Problem) -> list[int]:
-        """The prompt of evaluation: no sketch. Where the sketches are the answers, that is an empty history."""
-        template = self.prompts.direct if self.task.two_stage else self.prompts.sketch
-        return self.chat.opening(self.text(template, problem=problem.text))
-
-    def sketch_prompt(self, problem: Problem) -> list[int]:
-        return self.chat.opening(self.text(self.prompts.sketch, problem=problem.text))
-
-    def solve_prompt(self, problem: Problem, sketch_ids: Sequence[int]) -> list[int]:
-        return self.chat.opening(self.text(self.prompts.solve, problem=problem.text), sketch_ids)
+    def prompt(self, name: str, problem: Problem, sketch: Sequence[int] = (), **values) -> list[int]:
+        """The "direct" prompt (of evaluation: no sketch), or the one to "sketch", "list", or "solve" with a sketch."""
+        text = self.text(getattr(self.prompts, name), problem=problem.text, **values)
+        return self.chat.opening(text, sketch)
 
     def rollout(self, placed: Sequence[tuple[int, Problem]], plan: Plan, seed: tuple) -> list[Group]:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
         that the result does not depend on how ranks share the work."""
         self.roots.clear()
-        drafts = [None] * len(placed)
-        if plan.method == "sesa" and plan.sketches == "placebo":  # those of the problem before; its own if it is alone
-            draw = self.draft if self.task.two_stage else self.guess_in_turn
-            drafts = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
-            drafts = drafts[-1:] + drafts[:-1]
-        explore = self.explore if self.task.two_stage else self.guess
-        program = self.answer if plan.method == "grpo" else explore
-        groups = self.sampler.run(
-            [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, drafts, strict=True)]
-        )
+        others = [None] * len(placed)
+        draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess_in_turn, self.guess)
+        if plan.method == "grpo":
+            program = self.answer
+        elif plan.sketches == "placebo":
+            # Those of the problem before, or its own if it is alone.
+            own = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
+            others = own[-1:] + own[:-1]
+        programs = [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, others, strict=True)]
+        groups = self.sampler.run(programs)
         self.sampler.release(self.roots.values())
         return groups
 
+    # ------------------------------------------------------------------------------------------------ what is drawn
+
     def answer(self, problem, plan, seed, _=None):
         """GRPO: group_size answers i.i.d. to the plain prompt."""
-        answers = yield from self.direct(problem, plan, seed, range(plan.group_size))
-        return Group(problem, answers)
+        return Group(problem, (yield from self.direct(problem, plan, seed, range(plan.group_size))))
 
-    def direct(self, problem, plan, seed, numbers: range):
+    def direct(self, problem, plan, seed, numbers):
         """Answers to the plain prompt, without a sketch."""
-        plain = self.direct_prompt(problem)
+        plain = self.prompt("direct", problem)
         answers = [Trajectory(plain, plain, derive_seed(*seed, "answer", i)) for i in numbers]
         params = plan.solution_params if self.task.two_stage else plan.sketch_params
-        yield from self.play(problem, answers, params)
-        return answers
+        return (yield from self.play(problem, answers, params))
 
     def explore(self, problem, plan, seed, drafts=None):
         """SESA on a task of two stages: direct answers if the group is mixed, sketches, and their solutions."""
         direct = yield from self.direct(problem, plan, seed, range(plan.num_direct))
-        stuck = not any(t.outcomes[0].success for t in direct)
-        if plan.explore == "stuck" and not stuck:
+        solved = any(t.outcomes[0].success for t in direct)
+        if plan.explore == "stuck" and solved:
             rest = range(plan.num_direct, plan.num_direct + plan.num_sketches * plan.num_solutions)
             return Group(problem, direct + (yield from self.direct(problem, plan, seed, rest)))
         drafts = drafts or (yield from self.draft(problem, plan, seed))
-        solutions = yield from self.solve(problem, drafts, plan, seed)
+        solutions = yield from self.solve(problem, plan, seed, drafts)
         sketches = [self.chat.decode(draft.ids) for draft in drafts]
         tokens = sum(len(draft.ids) for draft in drafts)
-        return Group(problem, direct + solutions, sketches, tokens, stuck and plan.num_direct > 0)
+        return Group(problem, direct + solutions, sketches, tokens, stuck=bool(direct) and not solved)
 
     def draft(self, problem, plan, seed):
-        """Stage I: K sketches, each after those before it (or, as an ablation, after none of them)."""
+        """Stage I: K sketches, each after those before it; as an ablation after none of them, or all in one text."""
         if plan.sketches == "list":
             return (yield from self.draft_list(problem, plan, seed))
-        chain = Trajectory(self.sketch_prompt(problem), [], 0)
-        seeds = [derive_seed(*seed, "sketch", i) for i in range(plan.num_sketches)]
-        rows = self.branch(problem, [chain] * (len(seeds) if plan.sketches == "iid" else 1))
-        if plan.sketches == "iid":
-            completions = yield rows, plan.sketch_params, seeds
-        else:
-            completions = []
-            for i, sketch_seed in enumerate(seeds):
-                if i:
-                    rows = self.extend(rows, [chain], self.text(self.prompts.next))
-                [completion] = yield rows, plan.sketch_params, [sketch_seed]
-                chain.wrote(completion, "")
-                completions.append(completion)
-                self.drawn(self.chat.decode(completion.ids))
-        self.sampler.release(rows)
-        return completions
-
-    def longest(self, problem: Problem, plan: Plan) -> int:
-        """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
-        Observations are counted as if they were as long as the problem."""
-        sketch, solution = plan.sketch_params.max_new_tokens, plan.solution_params.max_new_tokens
-        again = len(self.chat.following(self.text(self.prompts.next)))
-        chain = len(self.sketch_prompt(problem)) + plan.num_sketches * (sketch + again)
-        if not self.task.two_stage:
-            return chain
-        observation = self.text(self.prompts.turn, observation=problem.text)
-        episode = self.task.max_turns * solution + (self.task.max_turns - 1) * len(self.chat.following(observation))
-        prompts = len(self.direct_prompt(problem)), len(self.solve_prompt(problem, [])) + sketch
-        return max(chain, max(prompts) + episode)
-
-    def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
-        """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
-        problems the first ones are looked at."""
-        for i in range(len(problems) if len(problems) <= 20_000 else 100):
-            if self.chat.tokenizer.unk_token_id in self.chat.encode(problems[i].text):
-                raise ValueError(
-                    f"problem {problems[i].text[:40]!r} has words that the model has no tokens for: it is a policy of "
-                    "another task, or its words are not in task.words; use another --model"
-                )
-            if (need := self.longest(problems[i], plan)) > self.sampler.max_positions:
-                raise ValueError(
-                    f"problem {problems[i].text[:40]!r} takes up to {need} tokens with sketches or solution, the model "
-                    f"has {self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
-                    "--max_sketch_tokens or --num_sketches"
-                )
+        apart = plan.num_sketches if plan.sketches == "iid" else 1
+        chains = [Trajectory(self.prompt("sketch", problem), []) for _ in range(apart)]
+        return (yield from self.write(problem, plan, seed, chains))
 
     def draft_list(self, problem, plan, seed):
         """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
         count, params = plan.num_sketches, plan.sketch_params
-        prompt = self.chat.opening(self.text(self.prompts.list, count=str(count), problem=problem.text))
-        rows = self.branch(problem, [Trajectory(prompt, [], 0)])
-        params = replace(params, max_new_tokens=count * params.max_new_tokens)
-        [completion] = yield rows, params, [derive_seed(*seed, "sketch", 0)]
-        self.sampler.release(rows)
-        lines = [line.strip() for line in self.chat.decode(completion.ids).splitlines() if line.strip()]
+        longer = replace(params, max_new_tokens=count * params.max_new_tokens)
+        whole = Trajectory(self.prompt("list", problem, count=str(count)), [])
+        yield from self.write(problem, replace(plan, num_sketches=1, sketch_params=longer), seed, [whole])
+        lines = [line.strip() for line in whole.texts[0].splitlines() if line.strip()]
         marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
-        lines = marked or lines or [""]  # beside marked lines there is talk
-        return [Completion(self.chat.encode(lines[i % len(lines)]), [], "length") for i in range(count)]
+        # Beside marked lines there is talk.
+        lines = islice(cycle(marked or lines or [""]), count)
+        return [Completion(self.chat.encode(line), [], "length") for line in lines]
 
-    def solve(self, problem, drafts: list[Completion], plan, seed):
+    def solve(self, problem, plan, seed, drafts):
         """Stage II: M solutions of every sketch, all in parallel."""
-        plain = self.direct_prompt(problem)
-        solutions = []
+        plain, solutions = self.prompt("direct", problem), []
         for i, draft in enumerate(drafts):
             ids = draft.ids[:-1] if draft.finish_reason == "stop" else draft.ids
-            prompt = self.solve_prompt(problem, ids)
-            solutions += [
-                Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), self.chat.decode(ids))
-                for j in range(plan.num_solutions)
-            ]
-        yield from self.play(problem, solutions, plan.solution_params)
-        return solutions
+            prompt, sketch = self.prompt("solve", problem, ids), self.chat.decode(ids)
+            for j in range(plan.num_solutions):
+                solutions.append(Trajectory(prompt, plain, derive_seed(*seed, "solution", i, j), sketch))
+        return (yield from self.play(problem, solutions, plan.solution_params))
 
-    def guess(self, problem, plan, seed, other: Group | None = None):
+    def guess(self, problem, plan, seed, other=None):
         """SESA where the sketches are the answers: a chain of K guesses, or as an ablation K guesses that do not see
         each other: each after an empty history ("iid"), or after the guesses of another chain ("placebo")."""
         if plan.sketches == "sequential":
             return (yield from self.guess_in_turn(problem, plan, seed))
-        plain, histories = self.sketch_prompt(problem), [[]] * plan.num_sketches
+        plain, histories = self.prompt("sketch", problem), [[]] * plan.num_sketches
         if other:
             [chain] = other.trajectories
             histories = [chain.body[:start] for start, _ in chain.spans]
-        seeds = [derive_seed(*seed, "guess", i) for i in range(plan.num_sketches)]
-        guesses = [Trajectory(plain + h, plain, s) for h, s in zip(histories, seeds, strict=True)]
-        yield from self.play(problem, guesses, plan.sketch_params)
-        return Group(problem, guesses)
+        guesses = [Trajectory(plain + h, plain, derive_seed(*seed, "guess", i)) for i, h in enumerate(histories)]
+        return Group(problem, (yield from self.play(problem, guesses, plan.sketch_params)))
 
     def guess_in_turn(self, problem, plan, seed):
-        """A chain of K guesses, each of which sees those before it."""
-        prompt = self.sketch_prompt(problem)
-        chain = Trajectory(prompt, prompt, derive_seed(*seed, "chain"))
-        rows = self.branch(problem, [chain])
-        for i in range(plan.num_sketches):
-            if i:
-                rows = self.extend(rows, [chain], self.text(self.prompts.next))
-            [completion] = yield rows, plan.sketch_params, [derive_seed(*seed, "sketch", i)]
-            chain.wrote(completion, self.chat.decode(completion.ids))
-            self.drawn(chain.texts[-1])
+        """A chain of K guesses, each of which sees those before it, and has an outcome of its own."""
+        prompt = self.prompt("sketch", problem)
+        chain = Trajectory(prompt, prompt)
+        yield from self.write(problem, plan, seed, [chain])
+        for text in chain.texts:
             episode = self.task.episode(problem)
-            episode.act(chain.texts[-1])
+            episode.act(text)
             chain.outcomes.append(episode.outcome())
-        self.sampler.release(rows)
         return Group(problem, [chain], chain.texts, len(chain.logps))
 
-    def play(self, problem, trajectories: list[Trajectory], params):
-        """Play one episode for each trajectory to its end; those that are over leave, the others are shown more."""
-        episodes = [self.task.episode(problem) for _ in trajectories]
-        rows = self.branch(problem, trajectories)
-        alive, turn = list(range(len(trajectories))), 0
-        while alive:
-            seeds = [derive_seed(trajectories[i].seed, turn) for i in alive]
-            completions = yield [rows[i] for i in alive], params, seeds
-            for i, completion in zip(list(alive), completions, strict=True):
-                text = self.chat.decode(completion.ids)
-                trajectories[i].wrote(completion, text)
-                if episodes[i].act(text):
-                    trajectories[i].outcomes = [episodes[i].outcome()]
-                    alive.remove(i)
-                    self.sampler.release([rows[i]])
-            for i in alive:
-                observation = self.text(self.prompts.turn, observation=episodes[i].observe())
-                [rows[i]] = self.extend([rows[i]], [trajectories[i]], observation)
-            turn += 1
+    # ------------------------------------------------------------------------------------------------ how it is drawn
 
-    def branch(self, problem, trajectories: list[Trajectory]) -> list:
-        """Rows that hold the trajectories' prompts. What all prompts of a problem share is computed once and forked,
-        and so is the one prompt of several trajectories in a row (the M solutions of a sketch)."""
-        plain = self.direct_prompt(problem)
-        shared = min(common_prefix(plain, p) for p in [self.sketch_prompt(problem)] + [t.prompt for t in trajectories])
+    def write(self, problem, plan, seed, chains):
+        """Let the policy write num_sketches texts: one into each chain, then the next into each, and so on."""
+        rows, drafts = self.branch(problem, [chain.prompt for chain in chains]), []
+        while len(drafts) < plan.num_sketches:
+            for chain, row in zip(chains, rows, strict=True):
+                self.show(chain, row=row)
+            seeds = [derive_seed(*seed, "sketch", len(drafts) + i) for i in range(len(chains))]
+            drafts += yield rows, plan.sketch_params, seeds
+            for chain, draft in zip(chains, drafts[-len(chains) :], strict=True):
+                chain.wrote(draft, self.chat.decode(draft.ids))
+                self.drawn(chain.texts[-1])
+        self.sampler.release(rows)
+        return drafts
+
+    def play(self, problem, trajectories, params):
+        """Play one episode for each trajectory to its end; those that are over leave, the others are shown more."""
+        rows = self.branch(problem, [t.prompt for t in trajectories])
+        alive = [(row, t, self.task.episode(problem)) for row, t in zip(rows, trajectories, strict=True)]
+        while alive:
+            seeds = [derive_seed(t.seed, len(t.texts)) for _, t, _ in alive]
+            completions = yield [row for row, _, _ in alive], params, seeds
+            for (row, trajectory, episode), completion in zip(alive, completions, strict=True):
+                trajectory.wrote(completion, self.chat.decode(completion.ids))
+                if episode.act(trajectory.texts[-1]):
+                    trajectory.outcomes = [episode.outcome()]
+                    self.sampler.release([row])
+                else:
+                    self.show(trajectory, episode, row)
+            alive = [one for one in alive if not one[1].outcomes]
+        return trajectories
+
+    def branch(self, problem, prompts: list[list[int]]) -> list[int]:
+        """Rows that hold the prompts. What all prompts of a problem share is computed once and forked, and so is a
+        prompt that comes several times in a row (for the M solutions of a sketch)."""
+        plain = self.prompt("direct", problem)
+        shared = common_prefix(plain, self.prompt("sketch", problem), *prompts)
         if not shared:
-            return self.sampler.prefill([t.prompt for t in trajectories])
+            return self.sampler.prefill(prompts)
         root = tuple(plain[:shared])
         if root not in self.roots:
             [self.roots[root]] = self.sampler.prefill([root])
         rows = []
-        for prompt, kids in groupby((t.prompt for t in trajectories), key=tuple):
-            count = len(list(kids))
+        for prompt, same in groupby(prompts):
             stem = self.sampler.fork([self.roots[root]], 1)
-            rows += self.sampler.fork(self.sampler.extend(stem, [prompt[shared:]]), count)
+            self.sampler.extend(stem, [prompt[shared:]])
+            rows += self.sampler.fork(stem, len(list(same)))
             self.sampler.release(stem)
         return rows
 
-    def extend(self, rows, trajectories, text: str) -> list:
-        """Show the policy more: the end of its turn, and the user's text."""
-        tokens = []
-        for trajectory in trajectories:
-            ended = [] if not trajectory.truncated[-1] else self.chat.stop_ids[:1]
-            tokens.append(ended + self.chat.following(text))
-            trajectory.shown(tokens[-1])
-        return self.sampler.extend(rows, tokens) if any(tokens) else rows
+    def show(self, trajectory: Trajectory, episode=None, row: int | None = None) -> None:
+        """Show the policy what follows its turn: the end of that, if it was cut, and what the episode has to say, or
+        without an episode that another text is wanted. Before the first turn it is nothing. In its row, if it has one.
+        """
+        if trajectory.texts:
+            template, seen = self.prompts.next, ""
+            if episode is not None:
+                template, seen = self.prompts.turn, episode.observe()
+            more = self.chat.following(self.text(template, observation=seen))
+            more = self.chat.stop_ids[:1] * trajectory.truncated[-1] + more
+            trajectory.body += more
+            if row is not None and more:
+                self.sampler.extend([row], [more])
 
-    def demonstration(self, demo: Demonstration) -> Iterator[Trajectory]:
+    # ------------------------------------------------------------------------------------------------ beside sampling
+
+    def check_problems(self, problems: Sequence[Problem], plan: Plan) -> None:
+        """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
+        problems the first ones are looked at."""
+        for problem in islice(problems, 100 if len(problems) > 20_000 else None):
+            start = f"problem {problem.text[:40]!r}"
+            if self.chat.tokenizer.unk_token_id in self.chat.encode(problem.text):
+                raise ValueError(
+                    f"{start} has words that the model has no tokens for: it is a policy of another task, or its words "
+                    "are not in task.words; use another --model"
+                )
+            if (need := self.longest(problem, plan)) > self.sampler.max_positions:
+                raise ValueError(
+                    f"{start} takes up to {need} tokens with sketches or solution, the model has "
+                    f"{self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
+                    "--max_sketch_tokens or --num_sketches"
+                )
+
+    def longest(self, problem: Problem, plan: Plan) -> int:
+        """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
+        Observations are counted as if they were as long as the problem."""
+        sketch, again = plan.sketch_params.max_new_tokens, self.chat.following(self.text(self.prompts.next))
+        chain = len(self.prompt("sketch", problem)) + plan.num_sketches * (sketch + len(again))
+        if not self.task.two_stage:
+            return chain
+        observed = self.chat.following(self.text(self.prompts.turn, observation=problem.text))
+        episode = self.task.max_turns * (plan.solution_params.max_new_tokens + len(observed)) - len(observed)
+        prompts = self.prompt("direct", problem), self.prompt("solve", problem, range(sketch))
+        return max(chain, max(map(len, prompts)) + episode)
+
+    def demonstration(self, demo: Demonstration) -> list[Trajectory]:
         """What a demonstration teaches: the chain of sketches, and the solution without and with a sketch."""
-        plain, stop = self.direct_prompt(demo.problem), self.chat.stop_ids[:1]
-        chain = Trajectory(self.sketch_prompt(demo.problem), plain, 0)
-        for i, sketch in enumerate(demo.sketches):
-            if i:
-                chain.shown(self.chat.following(self.text(self.prompts.next)))
-            chain.wrote(Completion(self.chat.encode(sketch) + stop, [], "stop"), sketch)
-        if demo.sketches:
-            yield chain
-        if demo.turns:
-            for prompt in [plain] + [self.solve_prompt(demo.problem, self.chat.encode(s)) for s in demo.sketches[:1]]:
-                solution, episode = Trajectory(prompt, plain, 0), self.task.episode(demo.problem)
-                for i, text in enumerate(demo.turns):
-                    if i:
-                        shown = self.text(self.prompts.turn, observation=episode.observe())
-                        solution.shown(self.chat.following(shown))
-                    solution.wrote(Completion(self.chat.encode(text) + stop, [], "stop"), text)
-                    episode.act(text)
-                yield solution
+        plain = self.prompt("direct", demo.problem)
+        chain = Trajectory(self.prompt("sketch", demo.problem), plain)
+        for sketch in demo.sketches:
+            self.recite(sketch, chain)
+        guided = [self.prompt("solve", demo.problem, self.chat.encode(sketch)) for sketch in demo.sketches[:1]]
+        solutions = [Trajectory(prompt, plain) for prompt in [plain, *guided]]
+        for solution in solutions:
+            episode = self.task.episode(demo.problem)
+            for text in demo.turns:
+                self.recite(text, solution, episode)
+                episode.act(text)
+        return [taught for taught in (chain, *solutions) if taught.texts]
+
+    def recite(self, text: str, trajectory: Trajectory, episode=None) -> None:
+        """As if the policy had been shown what follows its last turn, and had written the text."""
+        self.show(trajectory, episode)
+        ids = self.chat.encode(text) + self.chat.stop_ids[:1]
+        trajectory.wrote(Completion(ids, [], "stop"), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Credit: from outcomes to advantages, and to what the loss is computed on
 
 
-def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter | None = None, rarity: float = 0.0):
-    """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes).
+def marks(outcomes: Outcomes) -> list[str]:
+    """Of each outcome in order: invalid (without a key), a repeat (of an earlier key), or else a hit or a miss.
+
+    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
+    >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
+    ['hit', 'repeat', 'miss', 'invalid']
+    """
+    found, seen = [], set()
+    for outcome in outcomes:
+        new = "hit" if outcome.success else "miss"
+        known = "repeat" if outcome.key in seen else new
+        found.append("invalid" if outcome.key is None else known)
+        seen.add(outcome.key)
+    return found
+
+
+def earned(outcomes: Outcomes, repeats="full", counts: Counter | None = None, rarity=0.0):
+    """The rewards of outcomes in the order in which they were drawn. Returns (rewards, successes), lists.
 
     repeats="zero": what has the key of an earlier outcome of the same list is no success, and earns 0 or its penalty.
     With counts (for each key, how many groups of the batch found it), a success is worth counts[key] ** -rarity of its
@@ -528,100 +546,87 @@ def earned(outcomes: Sequence[Outcome], repeats: str = "full", counts: Counter |
     >>> earned([hit, hit], "zero", Counter(a=4), rarity=0.5)
     ([0.5, 0.0], [True, False])
     """
-    rewards, successes, seen = [], [], set()
-    for outcome in outcomes:
-        repeat = repeats == "zero" and outcome.key is not None and outcome.key in seen
+    rewards, successes = [], []
+    for outcome, mark in zip(outcomes, marks(outcomes), strict=True):
+        void = mark == "repeat" and repeats == "zero"
         share = counts[outcome.key] ** -rarity if counts and outcome.success else 1.0
-        rewards.append(min(outcome.reward, 0.0) if repeat else outcome.reward * share)
-        successes.append(outcome.success and not repeat)
-        seen.add(outcome.key)
+        rewards.append(min(outcome.reward, 0.0) if void else outcome.reward * share)
+        successes.append(outcome.success and not void)
     return rewards, successes
 
 
-def credit(
-    outcomes: Sequence[Sequence[Outcome]],
-    *,
-    chains: bool,
-    baseline: str = "position",
-    scale: str = "std",
-    repeats: str = "full",
-    rarity: float = 0.0,
-    pass_k: int = 8,
-) -> tuple[list[list[float]], list[list[float]]]:
+def credit(outcomes, *, chains: bool, baseline="position", scale="std", repeats="full", rarity=0.0, pass_k=8):
     """Rewards and advantages of a batch: outcomes[p] are those of group (or chain) p, in order, of ALL ranks.
 
     With chains=True each outcome is a guess of its own and rl.chain_advantages compares it over chain, position or
-    batch; else rl.group_advantages compares the answers to one problem. Returns two lists shaped like outcomes.
+    batch (`baseline`); else rl.group_advantages compares the answers to one problem (`pass_k`). `repeats` and `rarity`
+    are those of `earned`. Returns (rewards, advantages), floats in lists shaped like outcomes.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
     >>> credit([[hit, miss]], chains=False, scale="none")
     ([[1.0, 0.0]], [[0.5, -0.5]])
     """
     counts = Counter(key for group in outcomes for key in {o.key for o in group if o.success})
-    pairs = [earned(group, repeats, counts, rarity) for group in outcomes]
-    rewards = torch.tensor([r for r, _ in pairs], dtype=torch.float64)  # [P, G]
+    rewards, successes = zip(*(earned(group, repeats, counts, rarity) for group in outcomes), strict=True)
+    rewards = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
     if chains:
         advantages = rl.chain_advantages(rewards, baseline, scale)  # [C, K]
     else:
-        advantages = rl.group_advantages(rewards, torch.tensor([s for _, s in pairs]), scale, pass_k)  # [P, G]
+        advantages = rl.group_advantages(rewards, torch.tensor(successes), scale, pass_k)  # [P, G]
     return rewards.tolist(), advantages.tolist()
 
 
 def assign(group: Group, rewards: Sequence[float], advantages: Sequence[float]) -> None:
     """Hand the group's rewards and advantages to its trajectories, in the order of Group.outcomes()."""
-    rewards, advantages = iter(rewards), iter(advantages)
     for trajectory in group.trajectories:
-        trajectory.rewards = [next(rewards) for _ in trajectory.outcomes]
-        trajectory.advantages = [next(advantages) for _ in trajectory.outcomes]
+        size = len(trajectory.outcomes)
+        trajectory.rewards, rewards = rewards[:size], rewards[size:]
+        trajectory.advantages, advantages = advantages[:size], advantages[size:]
 
 
 def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.TrainingSequence]:
     """What the loss is computed on, in the context "keep", "drop", "is", "imitate" or "distill" (deviation 1)."""
     rows = []
     for trajectory in group.trajectories:
-        plain_already = trajectory.prompt == trajectory.plain and len(trajectory.outcomes) == 1
-        if plain_already or context in ("keep", "distill"):
-            rows.append(as_sampled(trajectory))
-        for row in without_context(trajectory) if context != "keep" and not plain_already else ():
-            if context in ("imitate", "distill"):
-                row.weight = float(row.advantages[0] > 0)  # an advantage is that of a whole answer
-            if context == "distill":
-                row.weight, row.again = distill_coef * row.weight, True
-            rows.append(row)
+        kept, dropped = as_sampled(trajectory), without_context(trajectory)
+        # A loss weighs 0: it counts in the denominators, and that is all.
+        wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
+        again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
+        trained = {"keep": [kept], "drop": dropped, "is": dropped, "imitate": wins, "distill": [kept, *again]}
+        # What was sampled without a context is trained once, win or loss.
+        rows += [kept] if dropped == [kept] else trained[context]
     return rows
 
 
 def as_sampled(trajectory: Trajectory) -> rl.TrainingSequence:
     """The trajectory in the context that it was sampled from: loss on what the policy wrote, and on nothing else."""
-    lengths = trajectory.span_tokens()
-    per_span = trajectory.advantages * (len(lengths) // len(trajectory.advantages))  # an episode's counts for all turns
-    return rl.TrainingSequence(
-        trajectory.prompt + trajectory.body,
-        [len(trajectory.prompt) + t for start, end in trajectory.spans for t in range(start, end)],
-        [a for a, n in zip(per_span, lengths, strict=True) for _ in range(n)],
-        trajectory.logps,
-        answers=len(trajectory.advantages),
-    )
+    first, targets, advantages = len(trajectory.prompt), [], []
+    # The advantage of an episode counts for all its turns.
+    turns = len(trajectory.spans) // len(trajectory.advantages)
+    for i, (start, end) in enumerate(trajectory.spans):
+        targets += range(first + start, first + end)
+        advantages += [trajectory.advantages[i // turns]] * (end - start)
+    ids, answers = trajectory.prompt + trajectory.body, len(trajectory.advantages)
+    return rl.TrainingSequence(ids, targets, advantages, trajectory.logps, answers=answers)
 
 
-def without_context(trajectory: Trajectory) -> Iterator[rl.TrainingSequence]:
+def without_context(trajectory: Trajectory) -> list[rl.TrainingSequence]:
     """The same words under the plain prompt: an episode without its sketch, each guess without its chain."""
+    plain = replace(trajectory, prompt=trajectory.plain)
     if len(trajectory.outcomes) == 1:
-        yield as_sampled(replace(trajectory, prompt=trajectory.plain))
-        return
-    first = len(trajectory.plain)
-    ends = list(accumulate(trajectory.span_tokens()))
-    for (start, end), stop, advantage in zip(trajectory.spans, ends, trajectory.advantages, strict=True):
-        length = end - start
-        ids, targets = trajectory.plain + trajectory.body[start:end], list(range(first, first + length))
-        yield rl.TrainingSequence(ids, targets, [advantage] * length, trajectory.logps[stop - length : stop])
+        return [as_sampled(plain)]
+    rows, logps = [], iter(trajectory.logps)
+    for (start, end), advantage in zip(trajectory.spans, trajectory.advantages, strict=True):
+        alone = dict(body=trajectory.body[start:end], spans=[(0, end - start)], advantages=[advantage])
+        rows.append(as_sampled(replace(plain, **alone, logps=list(islice(logps, end - start)))))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics: coverage, unique counts and diversity of every task, from outcome keys alone
 
 
-def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def diversity(outcomes: Outcomes) -> dict[str, float]:
     """Shares of success, of valid, and of duplicates among the valid; counts of unique successes and unique valid.
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
@@ -638,7 +643,7 @@ def diversity(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def unique(outcomes: Sequence[Outcome], k: int, drawn_together: int = 1) -> float:
+def unique(outcomes: Outcomes, k: int, drawn_together: int = 1) -> float:
     """How many different successes k draws hold, in the mean over all windows of k that follow each other.
 
     Outcomes are in the order in which they were drawn; where `drawn_together` of them are a chain, every window begins
@@ -667,24 +672,24 @@ def mean(measures: Sequence[dict]) -> dict[str, float]:
     return {name: fmean(m[name] for m in measures) for name in measures[0]}
 
 
-def group_metrics(found: Sequence[Sequence[Outcome]], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
+def group_metrics(found: Sequence[Outcomes], rewards: Sequence[Sequence[float]]) -> dict[str, float]:
     """Means over the groups of a step: found[p] are the outcomes of group p, rewards[p] what they earned; [P, G].
 
     >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
     >>> group_metrics([[hit, hit], [hit, miss]], [[1.0, 0.0], [1.0, 0.0]])["unique_success"]
     1.0
     """
+    per_group = [diversity(outcomes) for outcomes in found]
+    rates = [group["success"] for group in per_group]
+    overall, size = fmean(rates), len(found[0])
     earnings = torch.tensor(rewards, dtype=torch.float64)  # [P, G]
-    equal = earnings.amax(1) == earnings.amin(1)  # [P]
-    right = torch.tensor([[o.success for o in outcomes] for outcomes in found], dtype=torch.float64)  # [P, G]
-    rate, size = right.mean().item(), right.shape[1]
-    return mean([diversity(outcomes) for outcomes in found]) | dict(
+    return mean(per_group) | dict(
         reward=earnings.mean().item(),
         reward_std=earnings.std(1).mean().item(),
-        frac_reward_zero_std=equal.double().mean().item(),
-        frac_all_right=right.amin(1).mean().item(),
-        frac_all_wrong=1 - right.amax(1).mean().item(),
-        frac_decided_if_iid=rate**size + (1 - rate) ** size,
+        frac_reward_zero_std=fmean(len(set(group)) == 1 for group in rewards),
+        frac_all_right=fmean(rate == 1 for rate in rates),
+        frac_all_wrong=1 - fmean(rate > 0 for rate in rates),
+        frac_decided_if_iid=overall**size + (1 - overall) ** size,
     )
 
 
@@ -700,7 +705,7 @@ def text_metrics(counts: dict[str, float]) -> dict[str, float]:
 
 
 def evaluation_metrics(
-    found: Sequence[Sequence[Outcome]], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
+    found: Sequence[Outcomes], ks: Sequence[int], targets: frozenset | None, drawn_together: int = 1
 ) -> dict:
     """pass@k, avg@n and unique@k per problem; where targets are known, Coverage@k, the share of them found in k draws,
     and how often each was named.
@@ -712,7 +717,7 @@ def evaluation_metrics(
     {'1': 0.25, '2': 0.5}
     """
     counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
-    smallest = min(n for n, _ in counts)
+    smallest = min(map(len, found))
     ks = [k for k in ks if k <= smallest]
     flat = [o for outcomes in found for o in outcomes]
     diverse = mean([diversity(outcomes) for outcomes in found])
@@ -742,25 +747,9 @@ def measures(evaluation: dict) -> dict:
     """An evaluation in brief: reward, valid, success of the plain prompt; pass@k, unique@k, coverage of both ways."""
     iid = evaluation["iid"]
     brief = dict(reward=iid["reward"], valid=iid["valid"], success=iid["avg@n"])
-    for short, name in (("pass_at_k", "pass@k"), ("unique_at_k", "unique@k"), ("coverage", "coverage")):
-        brief[short] = {kind: e[name] for kind, e in evaluation.items() if name in e}
+    for name in ("pass@k", "unique@k", "coverage"):
+        brief[name.replace("@", "_at_")] = {kind: e[name] for kind, e in evaluation.items() if name in e}
     return brief
-
-
-def marks(outcomes: Sequence[Outcome]) -> list[str]:
-    """For a reader, of each outcome in order: invalid, a repeat (of an earlier key), or else a hit or a miss.
-
-    >>> hit, miss = Outcome(1.0, True, "a", True), Outcome(0.0, False, "b", True)
-    >>> marks([hit, hit, miss, Outcome(0.0, False, None, False)])
-    ['hit', 'repeat', 'miss', 'invalid']
-    """
-    found, seen = [], set()
-    for outcome in outcomes:
-        new = "hit" if outcome.success else "miss"
-        known = "repeat" if outcome.key in seen else new
-        found.append("invalid" if outcome.key is None else known)
-        seen.add(outcome.key)
-    return found
 
 
 def sample_record(step: int, group: Group) -> dict:

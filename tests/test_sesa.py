@@ -208,9 +208,7 @@ def test_what_was_thought_stays_in_the_history_even_if_the_template_would_drop_i
     chat = Chat(tokenizer, [tokenizer.eos_token_id])
     answer = "<think>a secret</think>\n42"
     first, second = chat.opening("x"), chat.following("y")
-    again = chat.render(
-        [dict(role="user", content="x"), dict(role="assistant", content=answer), dict(role="user", content="y")]
-    )
+    again = chat.render("x", answer, "y")
     assert "secret" not in again  # so rendering it anew would have broken the cached history
     ids = first + chat.encode(answer) + [tokenizer.eos_token_id] + second
     assert chat.decode(ids).endswith(answer + "<|im_end|>\n<|im_start|>user\ny<|im_end|>\n<|im_start|>assistant\n")
@@ -340,7 +338,7 @@ def test_each_sketch_sees_those_before_it_and_the_cache_changes_nothing(template
     for i, (draft, place) in enumerate(zip(drafts, places, strict=True)):
         assert draft.logps == pytest.approx(teacher_forced(explorer.model, ids, place), abs=1e-4)
         if i:  # under an empty history it would have been something else
-            empty = explorer.sketch_prompt(problem) + draft.ids
+            empty = explorer.prompt("sketch", problem) + draft.ids
             place = list(range(len(empty) - len(draft.ids), len(empty)))
             assert draft.logps != pytest.approx(teacher_forced(explorer.model, empty, place), abs=1e-2)
     stats = explorer.sampler.stats
@@ -351,7 +349,7 @@ def test_sketches_iid_have_an_empty_history():
     explorer = make_explorer()
     problem, plan = PROBLEMS[0], replace(PLAN, sketches="iid", num_sketches=5)
     [drafts] = explorer.sampler.run([explorer.draft(problem, plan, (3,))])
-    prompt = explorer.sketch_prompt(problem)
+    prompt = explorer.prompt("sketch", problem)
     for draft in drafts:
         place = list(range(len(prompt), len(prompt) + len(draft.ids)))
         assert draft.logps == pytest.approx(teacher_forced(explorer.model, prompt + draft.ids, place), abs=1e-4)
@@ -400,7 +398,7 @@ def test_guesses_that_do_not_see_their_own_chain(sketches):
     apart = explorer.rollout(PLACED, replace(plan, sketches=sketches), (1,))
     for i, group in enumerate(apart):
         [donor] = chains[i - 1].trajectories
-        plain = explorer.sketch_prompt(PROBLEMS[i])
+        plain = explorer.prompt("sketch", PROBLEMS[i])
         assert len(group.trajectories) == len(group.outcomes()) == 4
         for j, t in enumerate(group.trajectories):
             history = donor.body[: donor.spans[j][0]] if sketches == "placebo" else []
