@@ -30,6 +30,7 @@ weights, release all rows: what is cached belongs to the old weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import heapq
 import inspect
@@ -385,9 +386,14 @@ class Sampler:
             self._run_forward()
 
     def _run_forward(self) -> None:
-        batch, last = self._forward.batch, self._forward.last
-        states = self._decode_step(self._twin.base_model, self._forward)[last]  # [R, E]
-        for (segment, stop), state in zip(batch, states.unbind(), strict=True):
+        forward = self._forward
+        if self._decoder:
+            hidden = self._decoder.forward(forward)  # [N, E]
+        else:
+            ids, positions = forward.input_ids[None], forward.positions[None]  # [1, N]
+            out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=forward)
+            hidden = out.last_hidden_state[0]  # [N, E]
+        for (segment, stop), state in zip(forward.batch, hidden[forward.last].unbind(), strict=True):
             self.stats.decode_tokens += segment.drawn
             self.stats.prefill_tokens += stop - segment.cached - segment.drawn
             segment.cached, segment.drawn, segment.hidden = stop, False, state
@@ -462,18 +468,15 @@ class Sampler:
         theirs = twin(input_ids=torch.tensor([ids], device=twin.device), use_cache=False).logits[0, -1].float()  # [V]
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
-        for self._decode_step in (_llama_step, _module_step):  # ours if it agrees, or else the model's own forward
+        decoders = [None]
+        with contextlib.suppress(AttributeError):
+            decoders = [LlamaDecoder(twin.base_model), None]
+        for self._decoder in decoders:  # ours if it agrees, or else the model's own forward
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
-            try:
-                logits = self._logits(self._compute(rows[1:]))
-            except (AttributeError, TypeError, ValueError, RuntimeError):  # it has other parts, or of other shapes
-                if self._decode_step is _module_step:
-                    raise
-                continue
-            finally:
-                self.release(rows)
+            logits = self._logits(self._compute(rows[1:]))
+            self.release(rows)
             gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
@@ -666,7 +669,7 @@ class _Forward:
         tokens, positions, last = [], [], [0] * len(batch)
         levels: dict[int, dict] = defaultdict(lambda: defaultdict(lambda: ([], [])))
         # in the order of memory, so that attention reads the cache without gathering it
-        for i in sorted(range(len(batch)), key=lambda i: (batch[i][0].slab.number, batch[i][0].slot)):
+        for i in sorted(range(len(batch)), key=lambda i: self._place(*batch[i])):
             segment, stop = batch[i]
             places = range(segment.base + segment.cached, segment.base + stop)
             for level, (ancestor, visible) in enumerate(segment.path()):
@@ -682,10 +685,15 @@ class _Forward:
         self.width = 0
         for level in levels.values():
             groups = defaultdict(list)
-            for segment, (queries, seen) in level.items():  # the shorter ones are padded, to less than double
-                groups[segment.slab, (len(queries) - 1).bit_length()].append((segment, queries, seen))
+            for segment, (queries, seen) in level.items():
+                groups[segment.slab, _bucket(len(queries))].append((segment, queries, seen))
             self.levels.append([_Piece(entries, self.width) for entries in groups.values()])
             self.width += max(slab.capacity for slab, _ in groups)
+
+    @staticmethod
+    def _place(segment: _Segment, stop: int) -> tuple[int, int, int]:
+        """Segments that agree but for the last number share a piece."""
+        return segment.slab.number, _bucket(stop - segment.cached), segment.slot
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
@@ -704,16 +712,13 @@ class _Forward:
         own, *above = self.levels
         for piece in own:
             piece.store(layer, kv)
-        out = torch.zeros_like(query)
         if not above:
-            for piece in own:
-                out[piece.tokens] = piece.attend(layer, query, scale)
-            return out
+            return torch.cat([piece.attend(layer, query, scale) for piece in own])
         pieces = sum(above, own)
         scores = query.new_full((*query.shape[:2], self.width), -torch.inf, dtype=torch.float32)
         for piece in pieces:
             scores[piece.tokens, :, piece.columns] = piece.scores(layer, query, scale)
-        probs = scores.softmax(-1).to(query.dtype)
+        probs, out = scores.softmax(-1).to(query.dtype), torch.zeros_like(query)
         for piece in pieces:
             out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, piece.columns])
         return out
@@ -805,6 +810,11 @@ def _index(values: list[int], device: torch.device) -> Tensor | slice:
     if values == list(range(first, first + count)):
         return slice(first, first + count)
     return torch.tensor(values, device=device)
+
+
+def _bucket(count: int) -> int:
+    """Segments whose numbers of queries agree within 2 x share a piece: 1 | 2 | 3-4 | 5-8 | 9-16 | ..."""
+    return (count - 1).bit_length()
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -930,39 +940,52 @@ def _tree_attention(module, query, key, value, attention_mask, scaling=None, tre
 AttentionInterface.register(ATTENTION, _tree_attention)
 
 
-def _module_step(decoder: torch.nn.Module, tree: _Forward) -> Tensor:
-    """Hidden states after the last norm, [N, E], from transformers' own forward."""
-    ids, positions = tree.input_ids[None], tree.positions[None]  # [1, N]
-    return decoder(input_ids=ids, position_ids=positions, use_cache=False, tree=tree).last_hidden_state[0]
-
-
-def _llama_step(decoder: torch.nn.Module, tree: _Forward) -> Tensor:
-    """The same for Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM, written out: half the time of a decode step of a small
-    model is the module tree around its matrix products. Used where the parts are there under their usual names and the
-    logits agree with the model's own (Sampler checks).
+class LlamaDecoder:
+    """The decoder of Llama, Qwen2, Qwen2.5, Qwen3 and SmolLM written out on [N, E]: half the time of a decode step of a
+    small model is the module tree around its matrix products. Used where the parts are there under their usual names
+    and the logits agree with the model's own (Sampler checks); everything else takes transformers' forward.
     """
 
-    def rms(norm: torch.nn.Module, x: Tensor) -> Tensor:
-        return torch.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
 
-    kv_heads = decoder.config.num_key_value_heads
-    x = decoder.embed_tokens(tree.input_ids)  # [N, E]
-    cos, sin = (angles[0, :, None] for angles in decoder.rotary_emb(x, tree.positions[None]))  # [N, 1, D]
-    half = sin.shape[-1] // 2
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-    for i, layer in enumerate(decoder.layers):
-        attn, h = layer.self_attn, rms(layer.input_layernorm, x)
-        both = torch.cat((attn.q_proj(h), attn.k_proj(h), attn.v_proj(h)), -1)
-        both = both.view(len(x), -1, 2 * half)  # [N, H + 2J, D]
-        turned = both[:, :-kv_heads]  # queries and keys
-        if hasattr(attn, "q_norm"):
-            queries, keys = turned.tensor_split([-kv_heads], 1)
-            queries.copy_(rms(attn.q_norm, queries))
-            keys.copy_(rms(attn.k_norm, keys))
-        # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
-        swapped = turned.roll(half, -1)
-        turned.mul_(cos).addcmul_(swapped, sin)
-        query, kv = both.tensor_split([-2 * kv_heads], 1)
-        x = x + attn.o_proj(tree.attend(i, query, kv, attn.scaling).flatten(1))
-        x = x + layer.mlp(rms(layer.post_attention_layernorm, x))
-    return rms(decoder.norm, x)
+    def __init__(self, decoder: torch.nn.Module):
+        self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
+        if self.rotary.rope_type not in self.STATIC_ROPE:
+            raise AttributeError("the angles depend on the length of the row")
+        inverse = self.rotary.inv_freq.float()
+        self.frequencies = torch.cat((-inverse, inverse))  # [D]
+        self.eps, self.kv_heads = self.norm.variance_epsilon, decoder.config.num_key_value_heads
+        self.layers = []
+        for layer in decoder.layers:
+            attn, mlp = layer.self_attn, layer.mlp
+            norms = [layer.input_layernorm, layer.post_attention_layernorm]
+            head_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
+            linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
+                raise AttributeError("a projection is not a plain linear layer")
+            weights = [(module.weight, module.bias) for module in linear]
+            self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
+
+    def forward(self, tree: _Forward) -> Tensor:
+        """Hidden states after the last norm, [N, E]."""
+        x = self.embed(tree.input_ids)  # [N, E]
+        angles = tree.positions[:, None, None] * self.frequencies  # [N, 1, D]
+        cos, sin = ((y * self.rotary.attention_scaling).to(x.dtype) for y in (angles.cos(), angles.sin()))
+        size = len(self.frequencies)
+        for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
+            h = self._rms(norms[0], x)
+            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, size)  # [N, H + 2J, D]
+            turned = both[:, : -self.kv_heads]  # queries and keys
+            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=False):
+                part.copy_(self._rms(norm, part))
+            # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
+            swapped = turned.roll(size // 2, -1)
+            turned.mul_(cos).addcmul_(swapped, sin)
+            query, kv = both.tensor_split([-2 * self.kv_heads], 1)
+            x = x + F.linear(tree.attend(i, query, kv, scale).flatten(1), *o)
+            h = self._rms(norms[1], x)
+            x = x + F.linear(act(F.linear(h, *gate)).mul_(F.linear(h, *up)), *down)
+        return self._rms(self.norm, x)
+
+    def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
