@@ -669,7 +669,7 @@ class _Forward:
         tokens, positions, last = [], [], [0] * len(batch)
         levels: dict[int, dict] = defaultdict(lambda: defaultdict(lambda: ([], [])))
         # in the order of memory, so that attention reads the cache without gathering it
-        for i in sorted(range(len(batch)), key=lambda i: self._place(*batch[i])):
+        for i in sorted(range(len(batch)), key=lambda i: (batch[i][0].slab.number, batch[i][0].slot)):
             segment, stop = batch[i]
             places = range(segment.base + segment.cached, segment.base + stop)
             for level, (ancestor, visible) in enumerate(segment.path()):
@@ -686,14 +686,10 @@ class _Forward:
         for level in levels.values():
             groups = defaultdict(list)
             for segment, (queries, seen) in level.items():
-                groups[segment.slab, _bucket(len(queries))].append((segment, queries, seen))
+                group = segment.slab, (len(queries) - 1).bit_length()  # 1 | 2 | 3-4 | 5-8 | ... queries, padded
+                groups[group].append((segment, queries, seen))
             self.levels.append([_Piece(entries, self.width) for entries in groups.values()])
             self.width += max(slab.capacity for slab, _ in groups)
-
-    @staticmethod
-    def _place(segment: _Segment, stop: int) -> tuple[int, int, int]:
-        """Segments that agree but for the last number share a piece."""
-        return segment.slab.number, _bucket(stop - segment.cached), segment.slot
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
@@ -712,13 +708,16 @@ class _Forward:
         own, *above = self.levels
         for piece in own:
             piece.store(layer, kv)
+        out = torch.zeros_like(query)
         if not above:
-            return torch.cat([piece.attend(layer, query, scale) for piece in own])
+            for piece in own:
+                out[piece.tokens] = piece.attend(layer, query, scale)
+            return out
         pieces = sum(above, own)
         scores = query.new_full((*query.shape[:2], self.width), -torch.inf, dtype=torch.float32)
         for piece in pieces:
             scores[piece.tokens, :, piece.columns] = piece.scores(layer, query, scale)
-        probs, out = scores.softmax(-1).to(query.dtype), torch.zeros_like(query)
+        probs = scores.softmax(-1).to(query.dtype)
         for piece in pieces:
             out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, piece.columns])
         return out
@@ -812,11 +811,6 @@ def _index(values: list[int], device: torch.device) -> Tensor | slice:
     return torch.tensor(values, device=device)
 
 
-def _bucket(count: int) -> int:
-    """Segments whose numbers of queries agree within 2 x share a piece: 1 | 2 | 3-4 | 5-8 | 9-16 | ..."""
-    return (count - 1).bit_length()
-
-
 # ---------------------------------------------------------------------------------------------------- memory
 
 
@@ -824,15 +818,12 @@ class _NoRoom(ValueError):
     """The memory budget is full."""
 
 
-@dataclass(eq=False)
 class _Slab:
     """Keys and values of several segments of up to `capacity` tokens."""
 
-    number: int
-    kv: Tensor  # [layers, 2, slots, J, capacity, D]
-
-    def __post_init__(self):
-        self.slots, self.capacity = self.kv.shape[2], self.kv.shape[4]
+    def __init__(self, number: int, kv: Tensor):
+        self.number, self.kv = number, kv  # [layers, 2, slots, J, capacity, D]
+        self.slots, self.capacity = kv.shape[2], kv.shape[4]
         self.free = list(range(self.slots))
 
 
