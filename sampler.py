@@ -67,15 +67,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        rules = [
+        for holds, name, rule in [
             (self.temperature >= 0, "temperature", "must be >= 0 (0 is greedy)"),
             (0 < self.top_p <= 1, "top_p", "must be in (0, 1] (1 is off)"),
             (self.top_k >= 0, "top_k", "must be >= 0 (0 is off)"),
             (0 <= self.min_p < 1, "min_p", "must be in [0, 1) (0 is off)"),
             (self.max_new_tokens >= 1, "max_new_tokens", "must be >= 1"),
             (not isinstance(self.stop, str) and all(self.stop), "stop", "must be a tuple of non-empty texts"),
-        ]
-        for holds, name, rule in rules:
+        ]:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
 
@@ -708,6 +707,8 @@ class _Forward:
         own, *above = self.levels
         for piece in own:
             piece.store(layer, kv)
+        if not above and len(own) == 1:  # the usual decode step: its tokens are in the order of memory
+            return own[0].attend(layer, query, scale)
         out = torch.zeros_like(query)
         if not above:
             for piece in own:
@@ -756,8 +757,7 @@ class _Piece:
         self.spread, self.back = _index(spread, device), _index(back, device)
         self.owners, self.ends = torch.tensor([owners, ends], device=device)  # [n]
         hidden = torch.arange(width, device=device) >= self.ends[:, None, None]  # [n, 1, L]
-        self.bias = torch.zeros(hidden.shape, dtype=self.slab.kv.dtype, device=device)
-        self.bias.masked_fill_(hidden, -torch.inf)
+        self.bias = torch.zeros_like(hidden, dtype=self.slab.kv.dtype).masked_fill_(hidden, -torch.inf)
 
     def advance(self) -> None:
         """One more key for each of the queries."""
