@@ -59,8 +59,8 @@ class TokenStats(NamedTuple):
 
     logp: Tensor
     entropy: Tensor
-    kl: Tensor | None
-    ref_logp: Tensor | None
+    kl: Tensor | None = None
+    ref_logp: Tensor | None = None
 
 
 class _Options(NamedTuple):
@@ -244,8 +244,9 @@ def _say_once(line: str) -> None:
 # ---------------------------------------------------------------------------------------------------- rows of logits
 
 
-def _forward(logits, ref_logits, targets, options) -> tuple[TokenStats, Tensor]:
-    """The stats, and what the backward needs: moments fp32 [5, N], which are m, s, <z>, n and <D>."""
+def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor]:
+    """logp, entropy and, with a reference, kl and ref_logp, [N] each; and what the backward needs: moments fp32
+    [5, N], which are m, s, <z>, n and <D>."""
     sums = _sums_triton if options.impl == "triton" else _sums_torch
     parts, chosen = sums(logits, ref_logits, targets, options)  # [P, 6, N], [2, N]
     chosen.masked_fill_(targets >= logits.shape[1], torch.nan)  # only on a GPU: a CPU has raised before
@@ -264,8 +265,7 @@ def _forward(logits, ref_logits, targets, options) -> tuple[TokenStats, Tensor]:
         kl.masked_fill_(kl > INFINITE, torch.inf)
         kl.masked_fill_(r == 0, torch.nan)  # a reference row of nothing but -inf
         stats += [kl, _logp(chosen[1] - n, r, options)]
-    stats = [x.masked_fill_(targets < 0, 0.0) for x in stats]
-    return TokenStats(*stats, *[None] * (4 - len(stats))), torch.stack([m, s, mean_z, n, mean_d])
+    return [x.masked_fill_(targets < 0, 0.0) for x in stats], torch.stack([m, s, mean_z, n, mean_d])
 
 
 def _logp(z: Tensor, mass: Tensor, options: _Options) -> Tensor:
@@ -273,11 +273,12 @@ def _logp(z: Tensor, mass: Tensor, options: _Options) -> Tensor:
 
 
 def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None:
-    """Gradients [N] of logp, entropy, kl (None: not used) -> those of the logits [N, V], into `out` (may be `logits`).
+    """Gradients [N] of the stats (None: not used) -> those of the logits [N, V], into `out` (may be `logits`).
 
     dx_j = e_j (a + b z_j + c D_j) + g 1{j = y}, times the slope of the soft cap, with factors [6, N]: m, n, a, b, c, g.
     """
     m, s, mean_z, n, mean_d = moments
+    grads = [*grads, None][:3]  # of logp, entropy and kl
     g, g_entropy, g_kl = (0 * s if x is None else x.float() / options.temperature for x in grads)
     b, c = -g_entropy * options.unit / s, g_kl * options.unit / s
     if grads[2] is None:
@@ -300,15 +301,14 @@ class _RowStats(torch.autograd.Function):
     def backward(ctx, *grads):
         logits, ref_logits, targets, moments = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        _backward(logits, ref_logits, targets, moments, grads[:3], ctx.options, out)
+        _backward(logits, ref_logits, targets, moments, grads, ctx.options, out)
         return out, None, None, None, None
 
 
-def _outputs(ctx, stats: TokenStats) -> tuple:
+def _outputs(ctx, stats: list[Tensor]) -> tuple:
     """The reference is a constant, and an output that the loss does not use sends back None, not zeros."""
     ctx.set_materialize_grads(False)
-    if stats.ref_logp is not None:
-        ctx.mark_non_differentiable(stats.ref_logp)
+    ctx.mark_non_differentiable(*stats[3:])
     return tuple(stats)
 
 
@@ -510,35 +510,29 @@ def _split(num_rows: int, vocab: int) -> tuple[int, int]:
     return each, triton.cdiv(tiles, each)
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(1) == 1 else x.contiguous()
+def _launch(kernel, logits, ref_logits, targets, buffers, out, options, **flags) -> None:
+    """One program for each row and each of its splits; logits and `out` may have rows of any stride."""
+    x, y = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (logits, ref_logits))
+    tensors = [x, y, targets.contiguous(), *buffers, *out]
+    strides = [0 if rows is None else rows.stride(0) for rows in (x, y, *out)]
+    tiles, splits = _split(*x.shape)
+    with torch.cuda.device_of(x):
+        kernel[len(x), splits](*tensors, *strides, *x.shape, tiles, options.temperature, options.softcap,
+                               BLOCK=BLOCK, **flags, **LAUNCH)
 
 
 def _sums_triton(logits, ref_logits, targets, options) -> tuple[Tensor, Tensor]:
     """As `_sums_torch`, in bits and in as many parts as there are splits of a row."""
-    x, y, targets = _unit_stride(logits), _unit_stride(ref_logits), targets.contiguous()
-    n, v = x.shape
-    tiles, splits = _split(n, v)
-    parts = torch.zeros(splits, 6, n, device=x.device)
-    chosen = torch.zeros(2, n, device=x.device)
-    strides = x.stride(0), 0 if y is None else y.stride(0)
-    if n:
-        with torch.cuda.device_of(x):
-            _forward_kernel[n, splits](x, y, targets, parts, chosen, *strides, n, v, tiles,
-                                       options.temperature, options.softcap, BLOCK, **LAUNCH)
+    n = len(logits)
+    parts = torch.zeros(_split(*logits.shape)[1], 6, n, device=logits.device)
+    chosen = torch.zeros(2, n, device=logits.device)
+    _launch(_forward_kernel, logits, ref_logits, targets, [parts, chosen], [], options)
     return parts, chosen
 
 
 def _backward_triton(logits, ref_logits, targets, factors, entropy, options, out) -> None:
-    x, y, targets = _unit_stride(logits), _unit_stride(ref_logits), targets.contiguous()
-    n, v = x.shape
     dx = out if out.stride(1) == 1 else out.contiguous()
-    strides = x.stride(0), 0 if y is None else y.stride(0), dx.stride(0)
-    if n:
-        tiles, splits = _split(n, v)
-        with torch.cuda.device_of(x):
-            _backward_kernel[n, splits](x, y, targets, factors, dx, *strides, n, v, tiles,
-                                        options.temperature, options.softcap, entropy, BLOCK, **LAUNCH)
+    _launch(_backward_kernel, logits, ref_logits, targets, [factors], [dx], options, ENTROPY=entropy)
     if dx is not out:
         out.copy_(dx)
 
@@ -593,8 +587,7 @@ def _in_chunks(tensors, targets, options, gradients=None, needed=(False, False))
             _product(d, head.weight, d_hidden[rows])
         if needed[1]:
             _product(d.t(), head.hidden[rows], d_weight, add=True)
-    columns = zip(*parts, strict=True)
-    stats = TokenStats(*(None if column[0] is None else torch.cat(column) for column in columns))
+    stats = [torch.cat(column) for column in zip(*parts, strict=True)]
     return stats, [d if d is None else d.to(hidden.dtype) for d in (d_hidden, d_weight)]
 
 
@@ -610,11 +603,11 @@ class _LinearStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         *tensors, targets = ctx.saved_tensors
-        if grads[2] is None:  # no use for the reference
+        if len(grads) == 4 and grads[2] is None:  # no use for the reference
             tensors[2:] = None, None
 
         def gradients(_, rows):
-            return [grad if grad is None else grad[rows] for grad in grads[:3]]
+            return [grad if grad is None else grad[rows] for grad in grads]
 
         _, out = _in_chunks(tensors, targets, ctx.options, gradients, ctx.needs_input_grad[:2])
         return *out, None, None, None, None
@@ -633,7 +626,7 @@ class _LinearLoss(torch.autograd.Function):
         tensors = hidden, weight, ref_hidden, ref_weight
         needed = [train and need for need in ctx.needs_input_grad[:2]]
         stats, ctx.grads = _in_chunks(tensors, targets, options, gradients, needed)
-        ctx.mark_non_differentiable(*(x for x in stats if x is not None))
+        ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
         return torch.stack(losses).sum().float(), *stats
 
@@ -646,14 +639,12 @@ class _LinearLoss(torch.autograd.Function):
         return *(d if d is None else d.mul_(g_loss) for d in grads), *[None] * 7
 
 
-def _loss_and_gradients(loss_fn, stats: TokenStats, extras: list[Tensor]) -> tuple[Tensor, list]:
-    """The chunk's loss, and its gradients with respect to logp, entropy and kl, [C] or None."""
-    leaves = [None if x is None else x.detach().requires_grad_() for x in stats[:3]]
+def _loss_and_gradients(loss_fn, stats: list[Tensor], extras: list[Tensor]) -> tuple[Tensor, Sequence]:
+    """The chunk's loss, and its gradients with respect to the stats, [C] or None."""
+    leaves = [x.detach().requires_grad_() for x in stats]
     with torch.enable_grad():
-        loss = loss_fn(TokenStats(*leaves, stats.ref_logp), *extras)
+        loss = loss_fn(TokenStats(*leaves), *extras)
     _require(loss.ndim == 0, f"loss_fn returned shape {tuple(loss.shape)}, it must return a sum over its tokens")
     if not loss.requires_grad:
-        return loss.detach(), [None, None, None]
-    used = [x for x in leaves if x is not None]
-    grads = torch.autograd.grad(loss, used, allow_unused=True)
-    return loss.detach(), [*grads, *[None] * (3 - len(used))]
+        return loss, [None] * len(leaves)
+    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)

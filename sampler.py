@@ -67,15 +67,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        rules = [
+        for holds, name, rule in [
             (self.temperature >= 0, "temperature", "must be >= 0 (0 is greedy)"),
             (0 < self.top_p <= 1, "top_p", "must be in (0, 1] (1 is off)"),
             (self.top_k >= 0, "top_k", "must be >= 0 (0 is off)"),
             (0 <= self.min_p < 1, "min_p", "must be in [0, 1) (0 is off)"),
             (self.max_new_tokens >= 1, "max_new_tokens", "must be >= 1"),
             (not isinstance(self.stop, str) and all(self.stop), "stop", "must be a tuple of non-empty texts"),
-        ]
-        for holds, name, rule in rules:
+        ]:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
 
@@ -171,7 +170,6 @@ class Sampler:
         for row, more in zip(rows, ids, strict=True):
             self._check_ids(more)
             self._leaf(row).ids.extend(more)
-        self._forward = None
         return list(rows)
 
     def fork(self, rows: Sequence[int], n: int) -> list[int]:
@@ -249,12 +247,11 @@ class Sampler:
                         waiting.appendleft(active.pop())
                         room = len(active)  # no new rows until one has finished
                     continue
-                ended = [draft for draft in active if draft.finish_reason]
-                if ended:
+                if any(draft.finish_reason for draft in active):
                     room, active = self.max_rows, [draft for draft in active if not draft.finish_reason]
-                for job in dict.fromkeys(draft.job for draft in ended):
-                    if all(draft.finish_reason for draft in job.drafts):
-                        waiting.extend(self._resume(job))
+                    for job in jobs:
+                        if job.drafts and all(draft.finish_reason for draft in job.drafts):
+                            waiting.extend(self._resume(job))
         except BaseException:
             for job in jobs:
                 self._busy.difference_update(draft.row for draft in job.drafts)
@@ -292,16 +289,15 @@ class Sampler:
     def _draw(self, active: list[_Draft]) -> None:
         """Draw the next token of every row."""
         hidden = self._compute([draft.row for draft in active])  # [R, E]
-        groups: dict[tuple, list[int]] = defaultdict(list)  # rows that are drawn from alike
+        groups: dict[SamplingParams, list[int]] = defaultdict(list)  # rows that are drawn from alike
         for i, draft in enumerate(active):
-            p = draft.params
-            groups[p.temperature, p.top_p, p.top_k, p.min_p].append(i)
-        for distribution, members in groups.items():
+            groups[draft.params].append(i)
+        for p, members in groups.items():
             drafts = [active[i] for i in members]
-            states = hidden if len(groups) == 1 else hidden[members]
             u = [uniform(draft.stream, len(draft.ids)) for draft in drafts]
             u = torch.tensor(u, dtype=torch.float64, device=hidden.device)
-            ids, logps = draw_tokens(self._logits(states), u, *distribution, self._softcap)
+            logits = self._logits(hidden[members])
+            ids, logps = draw_tokens(logits, u, p.temperature, p.top_p, p.top_k, p.min_p, self._softcap)
             for draft, token, logp in zip(drafts, ids.tolist(), logps.tolist(), strict=True):
                 self._accept(draft, token, logp)
         self.stats.generated_tokens += len(active)
@@ -339,30 +335,31 @@ class Sampler:
     def _compute(self, rows: list[int]) -> Tensor:
         """Compute every pending token of `rows`; returns the hidden state of the last token of each, [R, E]."""
         leaves = [self._rows[row] for row in rows]
-        if self._forward is not None and self._forward.advance(leaves):  # the usual case: one more token for each
-            return self._run_forward(self._forward)
-        self._compute_bases(leaves)
-        self._place(rows)
-        leaves = [self._rows[row] for row in rows]
-        return self._compute_pending(leaves, [len(leaf.ids) for leaf in leaves])
+        if self._forward and self._forward.advance(leaves):  # the usual case: one more token for each
+            self._run_forward()
+        else:
+            self._compute_bases(leaves)
+            self._place(rows)
+            leaves = [self._rows[row] for row in rows]
+            self._compute_pending([(leaf, len(leaf.ids)) for leaf in leaves])
+        return torch.stack([leaf.hidden for leaf in leaves])
 
     def _compute_bases(self, segments: list[_Segment]) -> None:
         """Compute what segments stand on: rows that were forked before they were computed, the root first."""
         bases = dict.fromkeys(s.parent for s in segments if s.parent and s.parent.cached < s.visible)
         if bases:
             self._compute_bases(list(bases))
-            self._compute_pending(list(bases), [base.shared for base in bases])
+            self._compute_pending([(base, base.shared) for base in bases])
 
     def _place(self, rows: list[int]) -> None:
         """Give new forks a place: a short history is copied, a long one stays shared, none is computed again."""
         short = []
         for row in rows:
             leaf = self._rows[row]
-            if not leaf.ids and leaf.hidden is None:
-                if leaf.parent.cached == leaf.visible and leaf.parent.hidden is not None:
-                    leaf.hidden = leaf.parent.hidden
-                else:  # its last token is computed again
-                    leaf = self._cut(row, leaf.length)
+            if not leaf.ids and leaf.hidden is None and leaf.parent.cached == leaf.visible:
+                leaf.hidden = leaf.parent.hidden
+            if not leaf.ids and leaf.hidden is None:  # its last token is computed again
+                leaf = self._cut(row, leaf.length)
             if leaf.parent and leaf.ids and not (leaf.cached or leaf.shared) and leaf.visible < self.share_from:
                 short.append(leaf)
         self._memory.reserve([(leaf, leaf.visible + len(leaf.ids)) for leaf in short])
@@ -375,35 +372,31 @@ class Sampler:
                 leaf.parent.users += 1
             self._drop(parent)
 
-    def _compute_pending(self, segments: list[_Segment], stops: list[int]) -> Tensor:
-        """Forward ids[cached:stop] of every segment; returns the last hidden state of each, [R, E]."""
-        todo = [(segment, stop) for segment, stop in zip(segments, stops, strict=True) if segment.cached < stop]
-        self._memory.reserve(todo)
-        while todo:
-            batch, room = [], self.max_forward_tokens  # a long segment is computed in several forwards
+    def _compute_pending(self, wanted: list[tuple[_Segment, int]]) -> None:
+        """Forward ids[cached:stop] of every (segment, stop); a long one is computed in several forwards."""
+        while todo := [(segment, stop) for segment, stop in wanted if segment.cached < stop]:
+            self._memory.reserve(todo)
+            batch, room = [], self.max_forward_tokens
             for segment, stop in todo:
                 if room:
                     batch.append((segment, min(stop, segment.cached + room)))
                     room -= batch[-1][1] - segment.cached
-            self._forward = _Forward(batch, self._memory)
-            last = self._run_forward(self._forward)  # [len(batch), E]
-            for (segment, _), state in zip(batch, last.unbind(), strict=True):
-                segment.hidden = state
-            todo = [(segment, stop) for segment, stop in todo if segment.cached < stop]
-        return torch.stack([segment.hidden for segment in segments])
+            self._forward = _Forward(batch)
+            self._run_forward()
 
-    def _run_forward(self, forward: _Forward) -> Tensor:
+    def _run_forward(self) -> None:
+        forward = self._forward
         if self._decoder:
             hidden = self._decoder.forward(forward)  # [N, E]
         else:
             ids, positions = forward.input_ids[None], forward.positions[None]  # [1, N]
             out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=forward)
             hidden = out.last_hidden_state[0]  # [N, E]
-        drawn = forward.commit()
+        for (segment, stop), state in zip(forward.batch, hidden[forward.last].unbind(), strict=True):
+            self.stats.decode_tokens += segment.drawn
+            self.stats.prefill_tokens += stop - segment.cached - segment.drawn
+            segment.cached, segment.drawn, segment.hidden = stop, False, state
         self.stats.forwards += 1
-        self.stats.decode_tokens += drawn
-        self.stats.prefill_tokens += len(hidden) - drawn
-        return hidden[forward.last]  # [R, E]
 
     # ------------------------------------------------------------------------------------------------ the tree
 
@@ -455,9 +448,8 @@ class Sampler:
     # ------------------------------------------------------------------------------------------------ checks
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if len(ids) and not (min(ids) >= 0 and max(ids) < self._vocab):
-            bad = next(i for i in ids if not 0 <= i < self._vocab)
-            raise ValueError(f"token id {bad}: the model's vocabulary has ids 0 to {self._vocab - 1}")
+        if bad := [i for i in ids if not 0 <= i < self._vocab]:
+            raise ValueError(f"token id {bad[0]}: the model's vocabulary has ids 0 to {self._vocab - 1}")
 
     def _check_length(self, row: int, params: SamplingParams) -> None:
         length, new = self._leaf(row).length, params.max_new_tokens
@@ -476,15 +468,15 @@ class Sampler:
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
         decoders = [None]
-        with contextlib.suppress(AttributeError, KeyError, TypeError):
-            decoders = [LlamaDecoder(twin.base_model, twin.config), None]
+        with contextlib.suppress(AttributeError):
+            decoders = [LlamaDecoder(twin.base_model), None]
         for self._decoder in decoders:  # ours if it agrees, or else the model's own forward
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
             logits = self._logits(self._compute(rows[1:]))
-            gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             self.release(rows)
+            gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
         raise ValueError(
@@ -649,17 +641,17 @@ class _Segment:
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
         """The segment that holds the last of the row's first `length` tokens, and how many of its own they are."""
-        segment: _Segment | None = self
-        while segment is not None and length <= segment.base:
-            segment = segment.parent
-        return (segment, length - segment.base) if segment else (None, 0)
+        for segment, _ in self.path():
+            if length > segment.base:
+                return segment, length - segment.base
+        return None, 0
 
-    def above(self) -> Iterator[tuple[_Segment, int]]:
-        """The segments towards the root, each with the number of its tokens that this row sees."""
-        segment = self
-        while segment.parent is not None:
-            yield segment.parent, segment.visible
-            segment = segment.parent
+    def path(self) -> Iterator[tuple[_Segment, int]]:
+        """The segments from this one to the root, each with the number of its tokens that this row sees."""
+        segment, visible = self, len(self.ids)
+        while segment is not None:
+            yield segment, visible
+            segment, visible = segment.parent, segment.visible
 
 
 class _Forward:
@@ -670,131 +662,106 @@ class _Forward:
     rows below it; one softmax goes over a token's scores in all levels.
     """
 
-    def __init__(self, batch: list[tuple[_Segment, int]], memory: _Memory):
+    def __init__(self, batch: list[tuple[_Segment, int]]):
         """batch: segments, of which the tokens from `cached` to the number given are computed."""
-        self.batch, self.device = batch, memory.device
-        self.segments = [segment for segment, _ in batch]
-        tokens: list[int] = []
-        positions: list[int] = []
-        last = [0] * len(batch)
-        own, above = defaultdict(list), defaultdict(lambda: ([], []))
+        self.batch, self.device = batch, batch[0][0].slab.kv.device
+        tokens, positions, last = [], [], [0] * len(batch)
+        levels: dict[int, dict] = defaultdict(lambda: defaultdict(lambda: ([], [])))
         # in the order of memory, so that attention reads the cache without gathering it
-        self.order = sorted(range(len(batch)), key=lambda i: self._place(*batch[i]))
-        for i in self.order:
+        for i in sorted(range(len(batch)), key=lambda i: (batch[i][0].slab.number, batch[i][0].slot)):
             segment, stop = batch[i]
-            seen = range(segment.cached + 1, stop + 1)  # how many keys of its segment each token sees
-            queries = range(len(tokens), len(tokens) + len(seen))
+            places = range(segment.base + segment.cached, segment.base + stop)
+            for level, (ancestor, visible) in enumerate(segment.path()):
+                queries, seen = levels[level][ancestor]
+                queries += range(len(tokens), len(tokens) + len(places))
+                seen += [min(visible, place + 1 - ancestor.base) for place in places]  # a token sees up to itself
             tokens += segment.ids[segment.cached : stop]
-            positions += [segment.base + count - 1 for count in seen]
-            last[i] = queries[-1]
-            own[self._place(segment, stop)[:2]].append((segment, queries, seen))
-            for level, (ancestor, visible) in enumerate(segment.above()):
-                above[level, ancestor][0].extend(queries)
-                above[level, ancestor][1].extend([visible] * len(seen))
+            positions += places
+            last[i] = len(tokens) - 1
         self.input_ids, self.positions = torch.tensor([tokens, positions], device=self.device)  # [N]
-        self.reach = max(positions) + 1
         self.last = _index(last, self.device)  # [R]
-        self.room = min(segment.slab.capacity - stop for segment, stop in batch)
-        self.own = [_Piece(entries, self.device) for entries in own.values()]
-        levels: list[dict] = [defaultdict(list) for _ in {level for level, _ in above}]
-        for (level, ancestor), (queries, seen) in above.items():
-            levels[level][ancestor.slab, _bucket(len(queries))].append((ancestor, queries, seen))
-        self.above = [[_Piece(entries, self.device) for entries in level.values()] for level in levels]
-
-    @staticmethod
-    def _place(segment: _Segment, stop: int) -> tuple[int, int, int]:
-        """Segments that agree but for the last number share a piece."""
-        return segment.slab.number, _bucket(stop - segment.cached), segment.slot
+        self.levels: list[list[_Piece]] = []
+        self.width = 0
+        for level in levels.values():
+            groups = defaultdict(list)
+            for segment, (queries, seen) in level.items():
+                group = segment.slab, (len(queries) - 1).bit_length()  # 1 | 2 | 3-4 | 5-8 | ... queries, padded
+                groups[group].append((segment, queries, seen))
+            self.levels.append([_Piece(entries, self.width) for entries in groups.values()])
+            self.width += max(slab.capacity for slab, _ in groups)
 
     def advance(self, leaves: list[_Segment]) -> bool:
         """Become the forward of the next token if this one was a decode step of the same rows and all can grow."""
-        in_step = leaves == self.segments and len(self.positions) == len(leaves) and self.room > 0
-        if not in_step or any(leaf.cached + 1 != len(leaf.ids) for leaf in leaves):
+        in_step = leaves == [segment for segment, _ in self.batch] and len(self.positions) == len(leaves)
+        if not in_step or any(len(x.ids) != x.cached + 1 or x.cached == x.slab.capacity for x in leaves):
             return False
-        self.room -= 1
-        self.batch = [(leaf, stop + 1) for leaf, stop in self.batch]
-        self.input_ids = torch.tensor([leaves[i].ids[-1] for i in self.order], device=self.device)
+        self.batch = [(leaf, len(leaf.ids)) for leaf in leaves]
+        self.input_ids[self.last] = torch.tensor([leaf.ids[-1] for leaf in leaves], device=self.device)
         self.positions += 1
-        self.reach += 1
-        for piece in self.own:
+        for piece in self.levels[0]:
             piece.advance()
         return True
 
-    def commit(self) -> int:
-        """Note that the tokens are cached; returns how many of them had been sampled."""
-        drawn = 0
-        for segment, stop in self.batch:
-            drawn += segment.drawn
-            segment.cached, segment.drawn, segment.hidden = stop, False, None
-        return drawn
-
     def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
         """Store keys and values [N, 2J, D], attend with query [N, H, D]; returns [N, H, D]."""
-        for piece in self.own:
+        own, *above = self.levels
+        for piece in own:
             piece.store(layer, kv)
-        if not self.above:
-            parts = [piece.attend(layer, query, scale) for piece in self.own]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        levels = [self.own, *self.above]
-        scores = torch.cat([self._scores(level, layer, query, scale) for level in levels], -1)  # [N, H, L of all]
-        probs, out, begin = scores.softmax(-1).to(query.dtype), torch.zeros_like(query), 0
-        for level in levels:
-            for piece in level:
-                out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, begin : begin + piece.width])
-            begin += max(piece.width for piece in level)
+        if not above and len(own) == 1:  # the usual decode step: its tokens are in the order of memory
+            return own[0].attend(layer, query, scale)
+        out = torch.zeros_like(query)
+        if not above:
+            for piece in own:
+                out[piece.tokens] = piece.attend(layer, query, scale)
+            return out
+        pieces = sum(above, own)
+        scores = query.new_full((*query.shape[:2], self.width), -torch.inf, dtype=torch.float32)
+        for piece in pieces:
+            scores[piece.tokens, :, piece.columns] = piece.scores(layer, query, scale)
+        probs = scores.softmax(-1).to(query.dtype)
+        for piece in pieces:
+            out[piece.tokens] += piece.values(layer, probs[piece.tokens, :, piece.columns])
         return out
-
-    def _scores(self, level: list[_Piece], layer: int, query: Tensor, scale: float) -> Tensor:
-        """Scores against one level of the tree, fp32 [N, H, L]; -inf where a token has nothing there."""
-        if len(level) == 1 and level[0].tokens == slice(0, len(query)):
-            return level[0].scores(layer, query, scale)
-        width = max(piece.width for piece in level)
-        scores = query.new_full((*query.shape[:2], width), -torch.inf, dtype=torch.float32)
-        for piece in level:
-            scores[piece.tokens, :, : piece.width] = piece.scores(layer, query, scale)
-        return scores
 
 
 class _Piece:
-    """Attention of some tokens to F segments of one slab: M queries each (padded), L keys, of which a bias hides what a
+    """Attention of n tokens to F segments of one slab: M queries each (padded), L keys, of which a bias hides what a
     query must not see.
 
     entries: (segment, its query tokens, how many keys each of them sees). The keys are a view of the slab if the slots
-    lie close together (what lies between is computed and not read), and gathered otherwise.
+    lie close together (what lies between is computed and not read), and gathered otherwise. The scores stand from
+    column `begin` on among those of all pieces.
     """
 
-    def __init__(self, entries: list[tuple[_Segment, Sequence[int], Sequence[int]]], device: torch.device):
+    def __init__(self, entries: list[tuple[_Segment, list[int], list[int]]], begin: int):
         entries.sort(key=lambda entry: entry[0].slot)
         slots = [segment.slot for segment, _, _ in entries]
         everything = range(slots[0], slots[-1] + 1)
         places = everything if len(everything) <= 2 * len(slots) else slots
-        begins = {slot: i for i, slot in enumerate(places)}
-        self.slab, self.where = entries[0][0].slab, _index(list(places), device)
-        self.width = self.slab.capacity
-        self.shape = len(places), max(len(queries) for _, queries, _ in entries)  # F, M
-        spread, limits = [0] * math.prod(self.shape), [1] * math.prod(self.shape)
-        tokens, back, owners, ends = [], [], [], []
+        self.slab = entries[0][0].slab
+        device, width = self.slab.kv.device, self.slab.capacity
+        most = max(len(queries) for _, queries, _ in entries)
+        begins = {slot: i * most for i, slot in enumerate(places)}
+        tokens, owners, ends, back = [], [], [], []
         for segment, queries, seen in entries:
-            begin = begins[segment.slot] * self.shape[1]
-            end = begin + len(queries)
-            spread[begin:end] = range(len(tokens), len(tokens) + len(queries))
-            limits[begin:end] = seen
-            back += range(begin, end)
             tokens += queries
             owners += [segment.slot] * len(queries)
             ends += seen
-        self.tokens, self.spread, self.back = (_index(x, device) for x in (tokens, spread, back))
+            back += range(begins[segment.slot], begins[segment.slot] + len(queries))
+        spread = [0] * (len(places) * most)  # places without a query repeat the first one
+        for i, place in enumerate(back):
+            spread[place] = i
+        self.shape = len(places), most, self.slab.kv.shape[3]  # F, M, J
+        self.columns = slice(begin, begin + width)
+        self.where, self.tokens = _index(list(places), device), _index(tokens, device)
+        self.spread, self.back = _index(spread, device), _index(back, device)
         self.owners, self.ends = torch.tensor([owners, ends], device=device)  # [n]
-        self.limits = torch.tensor(limits, device=device).view(self.shape[0], 1, -1, 1, 1)
-        hidden = torch.arange(self.width, device=device) >= self.limits  # [F, 1, M, 1, L]
-        self.bias = torch.zeros(hidden.shape, dtype=self.slab.kv.dtype, device=device)
-        self.bias.masked_fill_(hidden, -torch.inf)
-        self.kv = None if isinstance(self.where, Tensor) else self.slab.kv[:, :, self.where]  # a view, or made anew
+        hidden = torch.arange(width, device=device) >= self.ends[:, None, None]  # [n, 1, L]
+        self.bias = torch.zeros_like(hidden, dtype=self.slab.kv.dtype).masked_fill_(hidden, -torch.inf)
 
     def advance(self) -> None:
         """One more key for each of the queries."""
-        self.bias.scatter_(-1, self.limits, 0.0)
-        self.limits += 1
+        self.bias.scatter_(-1, self.ends[:, None, None], 0.0)
         self.ends += 1
 
     def store(self, layer: int, kv: Tensor) -> None:
@@ -807,39 +774,33 @@ class _Piece:
         if self.shape[1] == 1:
             return self.values(layer, self.scores(layer, query, scale).softmax(-1).to(query.dtype))
         # a prefill, which never holds scores of [M, L]
-        query = query[self.tokens][self.spread].unflatten(0, self.shape).transpose(1, 2)  # [F, H, M, D]
-        keys, values = (self._cached(layer, i) for i in (0, 1))
-        bias, grouped = self.bias.squeeze(3), query.shape[1] > keys.shape[1]
+        query, bias = (
+            x[self.spread].unflatten(0, self.shape[:2]).transpose(1, 2) for x in (query[self.tokens], self.bias)
+        )  # [F, H, M, D], [F, 1, M, L]
+        keys, values = self.slab.kv[layer][:, self.where]  # [F, J, L, D]
+        grouped = query.shape[1] > keys.shape[1]
         out = F.scaled_dot_product_attention(query, keys, values, bias, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)[self.back]
 
     def scores(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """query [N, H, D] -> fp32 [n, H, L], -inf where a token must not look."""
-        keys = self._cached(layer, 0)
-        scores = self._pack(query[self.tokens], keys.shape[1]) @ keys.flatten(0, 1).transpose(1, 2)
-        scores = scores.view(*keys.shape[:2], self.shape[1], -1, self.width)  # [F, J, M, G, L]
-        return self._unpack(torch.add(self.bias, scores.float(), alpha=scale))
+        keys = self.slab.kv[layer, 0, self.where]  # [F, J, L, D]
+        scores = self._unpack(self._pack(query[self.tokens]) @ keys.mT)
+        return torch.add(self.bias, scores.float(), alpha=scale)
 
     def values(self, layer: int, probs: Tensor) -> Tensor:
         """probs [n, H, L] -> [n, H, D]"""
-        values = self._cached(layer, 1)
-        out = self._pack(probs, values.shape[1]) @ values.flatten(0, 1)
-        return self._unpack(out.view(*values.shape[:2], self.shape[1], -1, out.shape[-1]))
+        return self._unpack(self._pack(probs) @ self.slab.kv[layer, 1, self.where])
 
-    def _cached(self, layer: int, which: int) -> Tensor:
-        """Keys (0) or values (1) of the segments, [F, J, L, D]."""
-        return self.slab.kv[layer, which][self.where] if self.kv is None else self.kv[layer, which]
-
-    def _pack(self, x: Tensor, kv_heads: int) -> Tensor:
-        """[n, H, x] -> [F * J, M * G, x]"""
-        x, last = x[self.spread], x.shape[-1]
-        if self.shape[1] > 1:
-            x = x.view(*self.shape, kv_heads, -1, last).transpose(1, 2)  # [F, J, M, G, x]
-        return x.reshape(self.shape[0] * kv_heads, -1, last)
+    def _pack(self, x: Tensor) -> Tensor:
+        """[n, H, x] -> [F, J, M * G, x]"""
+        x = x[self.spread].view(*self.shape, -1, x.shape[-1])  # [F, M, J, G, x]
+        return x.transpose(1, 2).flatten(2, 3)
 
     def _unpack(self, x: Tensor) -> Tensor:
-        """[F, J, M, G, x] -> [n, H, x]"""
-        return x.transpose(1, 2).reshape(math.prod(self.shape), -1, x.shape[-1])[self.back]
+        """[F, J, M * G, x] -> [n, H, x]"""
+        x = x.unflatten(2, (self.shape[1], -1)).transpose(1, 2)  # [F, M, J, G, x]
+        return x.flatten(2, 3).flatten(0, 1)[self.back]
 
 
 def _index(values: list[int], device: torch.device) -> Tensor | slice:
@@ -850,11 +811,6 @@ def _index(values: list[int], device: torch.device) -> Tensor | slice:
     return torch.tensor(values, device=device)
 
 
-def _bucket(count: int) -> int:
-    """Segments whose numbers of queries agree within 4 x share a piece: 1 | 2-4 | 5-16 | 17-64 | ..."""
-    return ((count - 1).bit_length() + 1) // 2
-
-
 # ---------------------------------------------------------------------------------------------------- memory
 
 
@@ -862,15 +818,12 @@ class _NoRoom(ValueError):
     """The memory budget is full."""
 
 
-@dataclass(eq=False)
 class _Slab:
     """Keys and values of several segments of up to `capacity` tokens."""
 
-    number: int
-    kv: Tensor  # [layers, 2, slots, J, capacity, D]
-
-    def __post_init__(self):
-        self.slots, self.capacity = self.kv.shape[2], self.kv.shape[4]
+    def __init__(self, number: int, kv: Tensor):
+        self.number, self.kv = number, kv  # [layers, 2, slots, J, capacity, D]
+        self.slots, self.capacity = kv.shape[2], kv.shape[4]
         self.free = list(range(self.slots))
 
 
@@ -888,6 +841,7 @@ class _Memory:
         self.kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.budget = math.inf if memory_gb is None else int(memory_gb * 1e9)
+        self.token_bytes = 2 * self.layers * self.kv_heads * self.head_size * self.dtype.itemsize
         self.bytes = self.made = 0
         self.slabs: dict[int, list[_Slab]] = defaultdict(list)
 
@@ -918,31 +872,27 @@ class _Memory:
 
     def _grow(self, wanted: dict[int, int]) -> None:
         """Make slabs, so that there are as many free slots of each capacity as are wanted."""
-        missing = {}
-        for capacity, count in wanted.items():
-            missing[capacity] = max(0, count - sum(len(slab.free) for slab in self.slabs[capacity]))
-        more = sum(count * self._slot_bytes(capacity) for capacity, count in missing.items())
+        slots = {capacity: sum(len(slab.free) for slab in self.slabs[capacity]) for capacity in wanted}
+        missing = {capacity: count - slots[capacity] for capacity, count in wanted.items() if count > slots[capacity]}
+        more = sum(count * capacity * self.token_bytes for capacity, count in missing.items())
         if self.bytes + more > self.budget:
             raise _NoRoom(
                 f"memory budget of {self.budget / 1e9:.3g} GB is too small: {self.bytes / 1e9:.3g} GB hold keys and "
                 f"values and one more row needs {more / 1e9:.3g} GB; raise memory_gb or release rows"
             )
+        planned = self.bytes + more
         for capacity, count in missing.items():
-            so_far, each = sum(slab.slots for slab in self.slabs[capacity]), self._slot_bytes(capacity)
-            plenty = max(count, so_far // 2, 512 // capacity)  # few slabs, few pieces
-            fits = self.bytes + more + (plenty - count) * each <= self.budget / 2
-            more -= count * each
-            if not count:
-                continue
-            shape = (self.layers, 2, plenty if fits else count, self.kv_heads, capacity, self.head_size)
+            so_far = sum(slab.slots for slab in self.slabs[capacity])
+            spare = max(0, so_far // 2 - count, 512 // capacity - count)  # few slabs, few pieces
+            if planned + spare * capacity * self.token_bytes <= self.budget / 2:
+                planned += spare * capacity * self.token_bytes
+                count += spare
+            shape = self.layers, 2, count, self.kv_heads, capacity, self.head_size
             # zeros, not empty: what no query may see is weighted with 0, and 0 * nan is nan
             slab = _Slab(self.made, torch.zeros(shape, dtype=self.dtype, device=self.device))
             self.slabs[capacity].append(slab)
             self.bytes += slab.kv.nbytes
             self.made += 1
-
-    def _slot_bytes(self, capacity: int) -> int:
-        return self.layers * 2 * self.kv_heads * capacity * self.head_size * self.dtype.itemsize
 
 
 def _round_up(count: int) -> int:
@@ -989,38 +939,38 @@ class LlamaDecoder:
 
     STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
 
-    def __init__(self, decoder: torch.nn.Module, config: Any):
-        if config.rope_parameters["rope_type"] not in self.STATIC_ROPE:
-            raise AttributeError("the angles depend on the length of the row")
+    def __init__(self, decoder: torch.nn.Module):
         self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
+        if self.rotary.rope_type not in self.STATIC_ROPE:
+            raise AttributeError("the angles depend on the length of the row")
+        inverse = self.rotary.inv_freq.float()
+        self.frequencies = torch.cat((-inverse, inverse))  # [D]
+        self.eps, self.kv_heads = self.norm.variance_epsilon, decoder.config.num_key_value_heads
         self.layers = []
         for layer in decoder.layers:
             attn, mlp = layer.self_attn, layer.mlp
             norms = [layer.input_layernorm, layer.post_attention_layernorm]
-            head_norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+            head_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
             linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
             if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
                 raise AttributeError("a projection is not a plain linear layer")
             weights = [(module.weight, module.bias) for module in linear]
             self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
-        self.kv_heads = config.num_key_value_heads
-        self.head_size = attn.k_proj.weight.shape[0] // self.kv_heads
-        self.eps = decoder.norm.variance_epsilon
-        self.cos = self.sin = None  # [positions, 1, D]
 
     def forward(self, tree: _Forward) -> Tensor:
         """Hidden states after the last norm, [N, E]."""
         x = self.embed(tree.input_ids)  # [N, E]
-        cos, sin = self._angles(tree, x)  # [N, 1, D]
+        angles = tree.positions[:, None, None] * self.frequencies  # [N, 1, D]
+        cos, sin = ((y * self.rotary.attention_scaling).to(x.dtype) for y in (angles.cos(), angles.sin()))
+        size = len(self.frequencies)
         for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
             h = self._rms(norms[0], x)
-            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, self.head_size)  # [N, H + 2J, D]
+            both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, size)  # [N, H + 2J, D]
             turned = both[:, : -self.kv_heads]  # queries and keys
-            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=True):
-                if norm is not None:
-                    part.copy_(self._rms(norm, part))
+            for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=False):
+                part.copy_(self._rms(norm, part))
             # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`
-            swapped = turned.roll(self.head_size // 2, -1)
+            swapped = turned.roll(size // 2, -1)
             turned.mul_(cos).addcmul_(swapped, sin)
             query, kv = both.tensor_split([-2 * self.kv_heads], 1)
             x = x + F.linear(tree.attend(i, query, kv, scale).flatten(1), *o)
@@ -1030,11 +980,3 @@ class LlamaDecoder:
 
     def _rms(self, norm: torch.nn.Module, x: Tensor) -> Tensor:
         return torch.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
-
-    def _angles(self, tree: _Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cos is None or len(self.cos) < tree.reach:
-            positions = torch.arange(1 << (tree.reach - 1).bit_length(), device=x.device)
-            cos, sin = (table[0, :, None] for table in self.rotary(x, positions[None]))  # [positions, 1, D]
-            half = sin.shape[-1] // 2
-            self.cos, self.sin = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return self.cos.index_select(0, tree.positions), self.sin.index_select(0, tree.positions)
