@@ -852,14 +852,17 @@ class _Memory:
             if segment.slab is None or segment.slab.capacity < length:
                 wanted[_round_up(length)].append(segment)
         self._grow({capacity: len(movers) for capacity, movers in wanted.items()})
+        left = []
         for capacity, movers in wanted.items():
             for segment in movers:
-                kept = segment.slab and segment.kv[:, :, :, : segment.cached]
-                self.free(segment)
+                before = copy.copy(segment)
                 segment.slab = next(slab for slab in self.slabs[capacity] if slab.free)
                 segment.slot = heapq.heappop(segment.slab.free)  # side by side, as far as can be
-                if kept is not None:
-                    segment.kv[:, :, :, : segment.cached] = kept
+                if before.slab:
+                    segment.kv[:, :, :, : segment.cached] = before.kv[:, :, :, : segment.cached]
+                    left.append(before)
+        for before in left:  # last, for a slab whose last segment moves goes, with the free slots that _grow counted on
+            self.free(before)
 
     def free(self, segment: _Segment) -> None:
         slab, segment.slab = segment.slab, None

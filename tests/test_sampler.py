@@ -681,6 +681,18 @@ def test_a_row_that_is_being_sampled_cannot_be_changed(model, meddle):
     calls[meddle]()  # after the run it is free again
 
 
+def test_a_slab_that_empties_while_rows_move_into_it_stays(model):
+    """A row leaves a slab, as its last, in the forward in which another moves there."""
+    memory, short, long = sampler_module._Memory(model, None), *(sampler_module._Segment([], 0) for _ in range(2))
+    memory.reserve([(short, 16), (long, 32)])
+    place = long.slab
+    memory.reserve([(long, 64), (short, 32)])
+    assert (short.slab, long.slab.capacity) == (place, 64) and len(place.free) == place.slots - 1
+    for segment in (short, long):
+        memory.free(segment)
+    assert memory.bytes == 0 and not any(memory.slabs.values())
+
+
 def test_a_budget_too_small_for_one_row_is_an_error_with_numbers(model):
     sampler = Sampler(model, [], memory_gb=2e-5)
     with pytest.raises(ValueError, match="memory budget of 2e-05 GB .* raise memory_gb"):
