@@ -166,7 +166,7 @@ class Chat:
         if len(after) != 1:
             raise ValueError(
                 "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
-                "use a model with another template, or --method grpo on a single-turn task"
+                "use a model with another template"
             )
         ids = self.encode(after[0].lstrip())
         return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(after[0])
