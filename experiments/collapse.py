@@ -48,6 +48,7 @@ ARMS = {
         "sesa-distill-1": (f"{BASE} --distill_coef 1", "SESA, `distill`, coefficient 1", None),
         "sesa-iid": (f"{BASE} {KEEP} --sketches iid", "order control: `keep`, but no guess sees another", None),
         "sesa-placebo": (f"{BASE} {KEEP} --sketches placebo", "order control: `keep`, each sees another chain's", None),
+        "sesa-distill-placebo": (f"{BASE} --sketches placebo", "order control: SESA, each sees another chain's", None),
         "sesa-no-rarity": (f"{BASE} --rarity 0", "SESA, rarity 0 (the plain reward)", None),
         "sesa-long": (f"{BASE} --steps 1000", "SESA, 1,000 steps", None),
         "grpo": (f"{EVERY} {GRPO}", "**GRPO**", None),
@@ -182,7 +183,7 @@ def draw(rows: dict) -> None:
         many(left, draws, [[found[str(k)] for k in draws] for found in curves], color, style, label)
     left.set(xlabel="answers drawn", title="different right answers found, of 20", ylim=(0, 20.3), xlim=(0, 41))
     for arm, color, label in (
-        ("distill", "tab:blue", "SESA, `distill`"),
+        ("distill", "tab:blue", "SESA, finds taught to the plain prompt"),
         ("distill-placebo", "tab:cyan", "the same, with another chain's history"),
         ("grpo-both", "tab:green", "GRPO with SESA's rewards"),
         ("grpo-both-std", "tab:olive", "the same, divided by the std"),
