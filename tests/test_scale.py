@@ -405,7 +405,7 @@ def test_ctrl_c_during_the_first_evaluation_is_one_line_and_leaves_nothing(tmp_p
     words += " --warm_start_steps 0"
     process = subprocess.Popen(
         [sys.executable, "train.py", *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # not as a shell's "&" has it
     )  # fmt: skip
     while not (tmp_path / "mark").exists():
         assert process.poll() is None, process.stderr.read()
