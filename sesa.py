@@ -4,7 +4,7 @@
       S = []
       for i in 1..K:                                      # Stage I: serial in i, batched over problems
         s_i ~ pi(. | PromptSketch(x, S));  S += [s_i]
-      y_ij ~ pi(. | PromptSolve(x, s_i))                  # Stage II: all K*M solutions in parallel, every turn
+      y_ij ~ pi(. | PromptSolve(x, s_i))                  # Stage II: all K*M solutions in parallel
       r_ij = R(x, y_ij)
       A_ij = (r_ij - mean_x) / (std_x + eps)              # 0 where all of x's solutions succeed, or all fail
     update with a clipped policy gradient (rl.py); evaluate y ~ pi(. | x), without a sketch
@@ -13,29 +13,34 @@ Source: "The Road Less Traveled: Enhancing Exploration in LLMs via Sequential Sa
 deviate from it, or chose what it leaves open:
 
  1. Loss context. The paper scores a solution under the prompt without its sketch, wins and losses alike, and does not
-    correct for that: `sketch_context="drop"`. "keep" trains in the context that was sampled from; "is" weighs the
-    dropped context by pi(y|x) / pi_old(y|x,s), truncated; "imitate" drops it and trains what earned A > 0 only, so that
-    words which the plain prompt never says are not pushed down there; "distill" is "keep" and, with a coefficient,
-    "imitate": on-policy where it was sampled, and what was found is taught to the plain prompt. An answer weighs the
-    same in either context (rl.set_token_weights).
- 2. Where the sketches are the answers (the synthetic task), there is no Stage II. A guess is trained under the chain
-    before it ("keep"; with "drop" the policy unlearns what a valid answer is), a repeat within a chain earns 0.
- 3. There, the baseline is the mean over the chains at the same position: late guesses are harder than early ones.
+    correct for the change of context: `sketch_context="drop"`. "keep" trains in the context that was sampled from; "is"
+    weighs the dropped context by pi(y|x) / pi_old(y|x,s), truncated; "imitate" drops it and trains what earned A > 0
+    only, so that words which the plain prompt never says are not pushed down there; "distill" is "keep" and, with a
+    coefficient, "imitate": on-policy where it was sampled, and what was found is taught to the plain prompt. Before
+    these factors an answer weighs the same in either context (rl.set_token_weights). The KL is taken in the context of
+    the loss. Sketches of a two-stage task are not trained.
+ 2. Where the sketches are the answers (the synthetic task), there is no Stage II. P chains of K guesses are drawn. A
+    guess is trained in its chain, its finds also alone ("distill"; with "drop" the policy unlearns what a valid answer
+    is); a repeat within a chain earns 0 (repeats="zero").
+ 3. There, the baseline is the mean over the chains at the same position, for late guesses are harder than early ones,
+    and nothing is divided by the std.
  4. There, a success found by n chains of the batch earns n ** -rarity, so that what few chains found is not drowned by
-    what all of them found. rarity=0 is the paper's reward. Baselines are run with the same bonus, too.
- 5. A group is decided by its outcomes, not by shaped crumbs of reward (see rl.group_advantages).
+    what all of them found. rarity=0 is the paper's reward. GRPO has neither this nor 2's zero by default; experiments
+    give it both (--repeats zero --rarity 0.5).
+ 5. If all of a group succeed, or all fail, advantages are 0, whatever their shaped rewards (rl.group_advantages).
  6. A group can be mixed: `num_direct` answers to the plain prompt beside those with a sketch, one baseline for all.
     explore="stuck" draws sketches only for problems that none of the direct answers solved; the others get more direct
     answers instead.
- 7. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (of another problem; in chains, the history of
-    another chain) and "list" (all K in one text, one on each line).
+ 7. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (another problem's sketches; in chains, the
+    history of another chain) and "list" (all K in one text, one on each line).
  8. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
     tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
     values stay valid.
 
 Where to look. What is drawn: Explorer.answer (GRPO), explore (Stage I is draft, Stage II solve), guess (the sketches
 are the answers); a prompt is forked in Explorer.branch. What is rewarded: earned, where a repeat earns 0; credit makes
-advantages of it. What is trained: sequences, in a table of the contexts; without_context drops the sketch.
+advantages of it. What is trained: sequences, in a table of the contexts; without_context drops the sketch; the exact KL is
+in kernels.py, its weight in rl.policy_loss.
 
 This file knows no file and no process group. P problems, K sketches, M solutions per sketch, G answers in a group, C
 chains.
@@ -251,7 +256,7 @@ def derive_seed(*parts: Hashable) -> int:
 
 def common_prefix(*contexts: Sequence[int]) -> int:
     """How many leading tokens they share, less one if one of them ends there (a branch has a token of its own)."""
-    # That of os.path takes any sequences.
+    # os.path's function takes any sequences, not only strings.
     return min(len(commonprefix(contexts)), *(len(ids) - 1 for ids in contexts))
 
 
@@ -284,7 +289,7 @@ class Explorer:
 
     def __init__(self, sampler: Sampler, task, chat: Chat, prompts: Prompts):
         self.sampler, self.task, self.chat = sampler, task, chat
-        # Where the sketches are the answers, the prompt of evaluation is an empty history.
+        # Where the sketches are the answers, the plain prompt is the sketch prompt with an empty history.
         self.prompts = prompts if task.two_stage else replace(prompts, direct=prompts.sketch)
         self.roots: dict[tuple, int] = {}
         # Called with each sketch, or guess, as soon as it is there.
@@ -303,7 +308,7 @@ class Explorer:
 
     def rollout(self, placed: Sequence[tuple[int, Problem]], plan: Plan, seed: tuple) -> list[Group]:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so
-        that the result does not depend on how ranks share the work."""
+        that the result does not depend on how ranks share the work (placebo: one rank only)."""
         self.roots.clear()
         others = [None] * len(placed)
         draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess_in_turn, self.guess)
@@ -589,7 +594,7 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
     rows = []
     for trajectory in group.trajectories:
         kept, dropped = as_sampled(trajectory), without_context(trajectory)
-        # A loss weighs 0: it counts in the denominators, and that is all.
+        # What did not earn A > 0 weighs 0: it counts in the denominators, and that is all.
         wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
         again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
         trained = {"keep": [kept], "drop": dropped, "is": dropped, "imitate": wins, "distill": [kept, *again]}
