@@ -39,8 +39,8 @@ deviate from it, or chose what it leaves open:
 
 Where to look. What is drawn: Explorer.answer (GRPO), explore (Stage I is draft, Stage II solve), guess (the sketches
 are the answers); a prompt is forked in Explorer.branch. What is rewarded: earned, where a repeat earns 0; credit makes
-advantages of it. What is trained: sequences, in a table of the contexts; without_context drops the sketch; the exact KL is
-in kernels.py, its weight in rl.policy_loss.
+advantages of it. What is trained: sequences, in a table of the contexts; without_context drops the sketch. The exact
+KL is in kernels.py, its weight in rl.policy_loss.
 
 This file knows no file and no process group. P problems, K sketches, M solutions per sketch, G answers in a group, C
 chains.
