@@ -153,8 +153,8 @@ def draw(rows: dict) -> None:
     shown = [("before training", ("base", "grpo", seed), 0, "iid", "0.6")]
     shown += [("GRPO, 20 steps, i.i.d.", ("base", "grpo", seed), -1, "iid", "tab:red")]
     shown += [("the same policy, asked in sequence", ("base", "grpo", seed), -1, "sequential", "tab:orange")]
-    shown += [("SESA (distill), 20 steps, i.i.d.", ("base", "sesa-distill", seed), -1, "iid", "tab:blue")]
-    shown += [("SESA (distill), in sequence", ("base", "sesa-distill", seed), -1, "sequential", "tab:cyan")]
+    shown += [("SESA, 20 steps, i.i.d.", ("base", "sesa", seed), -1, "iid", "tab:blue")]
+    shown += [("SESA, asked in sequence", ("base", "sesa", seed), -1, "sequential", "tab:cyan")]
     shown = [entry for entry in shown if "curve" in rows.get(entry[1], ())]
     figure, axes = plt.subplots(len(shown), 1, figsize=(11, 1.35 * len(shown) + 1), sharex=True, layout="constrained")
     for axis, (title, cell, point, kind, color) in zip(axes, shown, strict=True):
