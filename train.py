@@ -390,12 +390,12 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield unseen, "eval_k", f"the least must be from 1 to {most_k}, the samples of a problem"
     uneven = c.shard_ranks and ranks % c.shard_ranks
     yield uneven, "shard_ranks", f"must divide the number of ranks, {ranks}"
-    varied, listed = c.sketches != "sequential", c.sketches == "list"
-    yield varied and grpo, "sketches", "there is no Stage I to vary with --method grpo"
+    varied, listed = grpo and c.sketches != "sequential", c.sketches == "list"
+    yield varied, "sketches", "there is no Stage I to vary with --method grpo"
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
     yield unpaired, "sketches", "takes another problem's: needs two problems, on one rank"
-    yield listed and c.model == "tiny", "sketches", "the tiny policy writes no lines; give another"
-    yield listed and not task.two_stage, "sketches", "where the sketches are the answers there is none"
+    yield listed and c.model == "tiny", "sketches", "the tiny policy writes no lines; take another"
+    yield listed and not task.two_stage, "sketches", "where the sketches are the answers take another"
     unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
     yield unmixed, "num_direct", "mixes groups of --method sesa on a task with a solution stage only"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
@@ -568,10 +568,7 @@ def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -
         with patience(f"loading {name}"):
             return load_policy(name, task, config.prompts)
 
-    def send(policy: Policy) -> Policy:
-        return replace(policy, model=hollow(policy.model, device="meta"))
-
-    return ranks.first(make, send)
+    return ranks.first(make, lambda made: replace(made, model=hollow(made.model, device="meta")))
 
 
 def hollow(model: nn.Module, **options) -> nn.Module:
@@ -793,9 +790,8 @@ class Run:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mb
         result = dict(task=c.task, method=c.method, seed=c.seed, steps=state["step"])
         result |= dict(seconds=round(state["seconds"], 1), peak_rss_mb=round(memory))
-        result["generated_tokens"] = state["generated_tokens"]
-        result |= dict(unique_found=len(state["found"])) | sesa.measures(last)
-        result |= dict(floor=task.floor(), ceiling=task.ceiling())
+        result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
+        result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
         result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         return result | dict(versions=versions | dict(python=sys.version.split()[0]))
@@ -1120,12 +1116,10 @@ class RunFolder:
         # without a checkpoint it ended before the first
         source = self.checkpoint(steps[-1]) if steps else self.file
         state = position(source) if steps else None
-        saved = state.pop("config") if steps else json.loads(source.read_text() or "{}")
-        changes = []
-        for name, old in saved.items():
-            new = self.flags.get(name, old)
-            if new != old and name not in self.FREE:
-                changes.append(f"{name} {old!r} -> {new!r}")
+        saved = state.pop("config") if steps else json.loads(source.read_text("utf-8") or "{}")
+        bound = {name: old for name, old in saved.items() if name not in self.FREE}
+        pairs = [(name, old, self.flags.get(name, old)) for name, old in bound.items()]
+        changes = [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if new != old]
         if changes:
             remedy = "use the same flags, or another --output_dir"
             raise UserError(f"{source} is from another config ({', '.join(changes)}): {remedy}")
@@ -1529,12 +1523,10 @@ def compare(config: Config) -> None:
     names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
     print(("{:>11}" * 8).format("seeds", *names))
     for label, runs in groups.items():
-        numbers = f"{len(runs):11}"
-        for name in names:
-            # of each run the last value that is known
-            known = ([row[name] for row in rows if row.get(name) is not None] for rows in runs)
-            numbers += f"{fmean((values or [math.nan])[-1] for values in known):11.4g}"
-        print(numbers, "", label)
+        # of each run the last values that are known
+        ends = [{n: row[n] for row in rows for n in names if row.get(n) is not None} for rows in runs]
+        means = [fmean(end.get(name, math.nan) for end in ends) for name in names]
+        print(f"{len(runs):11}" + "".join(f"{mean:11.4g}" for mean in means), "", label)
     print(f"iid, sequential: {title}; the picture is {path}")
 
 
@@ -1596,13 +1588,10 @@ def model_card(run: Run, state: dict) -> str:
     measures = progress(state, c.num_sketches)
     rows = [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in measures]
     template = (DATA / "model_card.md").read_text(encoding="utf-8")
-    return template.format(
-        **vars(c) | state,
-        base_model=f"base_model: {c.model}\n" if hub else "",
-        given=" ".join(f"--{name} {value}" for name, value in given.items()),
-        asked="--two_stage" * run.task.two_stage,
-        measures="\n".join(rows),
-    )
+    flags = " ".join(f"--{name} {value}" for name, value in given.items())
+    told = dict(base_model=f"base_model: {c.model}\n" if hub else "", given=flags)
+    told |= dict(asked="--two_stage" * run.task.two_stage, measures="\n".join(rows))
+    return template.format(**vars(c) | state | told)
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
@@ -1641,13 +1630,15 @@ def patience(doing: str) -> Iterator[None]:
 def describe(config: Config, task: tasks.Task) -> None:
     """--dry_run: every value, and the sizes that follow from them."""
     c, ranks, chains = config, environ("WORLD_SIZE", 1), chain_credit(config, task)
-    tiny = c.model == "tiny"
-    policy = tiny_policy(c, task) if tiny else load_policy(c.model, task, c.prompts, weights=False)
+    if c.model == "tiny":
+        policy = tiny_policy(c, task)
+    else:
+        policy = load_policy(c.model, task, c.prompts, weights=False)
     limits, answers = policy.token_limits(c), c.problems_per_step * group_answers(c)
-    longest, drafts = longest_answer(limits, task), c.problems_per_step * c.num_sketches
+    longest = longest_answer(limits, task)
     tokens = answers * longest
     if c.method == "sesa" and not chains:
-        tokens += drafts * limits["sketch"]
+        tokens += c.problems_per_step * c.num_sketches * limits["sketch"]
     on_gpu = torch.cuda.is_available() and c.device != "cpu"
     c = filled(c, micro_batch_tokens=fitting_tokens(policy.model, c, on_gpu))
     sizes = dict(ranks=ranks, answers_per_step=answers, most_tokens_per_step=tokens)
@@ -1656,11 +1647,10 @@ def describe(config: Config, task: tasks.Task) -> None:
         print(f"  {name:24}{value}")
     longest *= c.num_sketches if chains else 1
     parts = memory(policy.model, c, tokens, longest, ranks, on_gpu)
+    pages = os.sysconf("SC_PHYS_PAGES") // environ("LOCAL_WORLD_SIZE", 1)
+    there = os.sysconf("SC_PAGE_SIZE") * pages
     if on_gpu:
         there = torch.cuda.get_device_properties(0).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        there //= environ("LOCAL_WORLD_SIZE", 1)
     together = sum(parts.values())
     print("memory of each rank, GB")
     for name, size in (parts | dict(together=together, there_are=there)).items():
