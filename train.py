@@ -19,7 +19,6 @@ The file tells it in order: flags, policy, the loop, the update, evaluation, the
 from __future__ import annotations
 
 import copy
-import dataclasses
 import fcntl
 import hashlib
 import importlib.util
@@ -36,11 +35,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import count, islice, product
+from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -259,7 +258,8 @@ def parse() -> Config:
     return tyro.cli(command_line, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
 
 
-if __name__ == "__main__":  # before the slow imports: --help and a mistyped flag are answered at once
+# Before the slow imports: --help and a mistyped flag are answered at once.
+if __name__ == "__main__":
     COMMAND = parse()
 
 import torch
@@ -268,8 +268,6 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -278,6 +276,7 @@ import kernels
 import rl
 import sesa
 import tasks
+from rl import TrainingSequence as Row
 from sampler import Sampler, SamplingParams, output_scaling
 
 # What None stands for. Where the sketches are the answers, measured by experiments/collapse.py; else the paper's, with
@@ -295,7 +294,8 @@ TWO_STAGE = dict(
     warm_start_steps=1500, warm_start_lr=2e-3, eval_samples=16,
 )  # fmt: skip
 GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0, learning_rate=3e-4)
-PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=None)  # of the tokens: see fitting_tokens
+# Its micro_batch_tokens are `fitting_tokens`.
+PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=None)
 
 
 class UserError(ValueError):
@@ -316,19 +316,27 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
     defaults |= {} if is_tiny(config.model) else PRETRAINED
-    defaults |= {} if config.kl_coef is None else dict(kl_coef_end=config.kl_coef)
-    folder = f"runs/{re.sub(r'[^0-9A-Za-z]', '_', config.task)}-{config.method}-{config.seed}"
-    config = filled(config, output_dir=folder + "-eval" * config.eval_only, **defaults)
-    rest = dict(group_size=group_answers(config), kl_coef_end=config.kl_coef, pass_k_end=config.pass_k)
-    config = filled(config, **rest)
-    check((*ranges(config), *rules(config, task)))
+    name = re.sub(r"[^0-9A-Za-z]", "_", config.task)
+    folder = f"runs/{name}-{config.method}-{config.seed}" + "-eval" * config.eval_only
+    # A coefficient that was given stays; one that was not falls as the defaults say.
+    config = filled(config, output_dir=folder, pass_k_end=config.pass_k, kl_coef_end=config.kl_coef)
+    config = filled(config, **defaults)
+    config = filled(config, group_size=group_answers(config), kl_coef_end=config.kl_coef)
+    check(config, ranges(config))
+    check(config, rules(config, task))
     return config
 
 
-def check(verdicts: Iterable[tuple[bool, str]]) -> None:
-    for broken, line in verdicts:
+# (is the rule broken, the flags that it is about, the rule)
+Verdicts = Iterator[tuple[bool, str, str]]
+
+
+def check(config: Config, verdicts: Verdicts) -> None:
+    """UserError for the first rule that is broken."""
+    for broken, names, rule in verdicts:
         if broken:
-            raise UserError(line)
+            given = [f"--{name} {getattr(config, name)}" for name in names.split()]
+            raise UserError(f"{', '.join(given)}: {rule}")
 
 
 def is_tiny(model: str) -> bool:
@@ -337,8 +345,9 @@ def is_tiny(model: str) -> bool:
 
 
 def filled(config: Config, **defaults) -> Config:
-    given = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **given)
+    """The config with these values where it holds None."""
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return replace(config, **missing)
 
 
 def group_answers(config: Config) -> int:
@@ -347,70 +356,66 @@ def group_answers(config: Config) -> int:
     return config.group_size or mixed if config.method == "grpo" else mixed
 
 
-POSITIVE = """problems_per_step num_sketches num_solutions group_size minibatches micro_batch_tokens
-    max_sketch_tokens max_new_tokens cache_gb max_rows temperature learning_rate warmup_steps max_grad_norm
-    distill_coef is_cap pass_k pass_k_end eval_problems eval_samples warm_start_batch warm_start_lr tiny_width
-    tiny_layers keep_checkpoints sample_every shard_ranks"""
-NOT_NEGATIVE = """steps seed num_direct kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay
-    eval_every checkpoint_every warm_start_steps eval_temperature show"""
+MAY_BE_0 = """steps seed num_direct kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay
+    eval_every checkpoint_every warm_start_steps eval_temperature top_p show""".split()
 
 
-def ranges(config: Config) -> Iterator[tuple[bool, str]]:
-    """(is it broken, the line for the user) of each rule about one number."""
-    for name in POSITIVE.split():
-        value = getattr(config, name)
-        sound = value is None or 0 < value < math.inf  # nan is neither
-        yield not sound, f"--{name} {value}: must be above 0"
-    for name in NOT_NEGATIVE.split():
-        value = getattr(config, name)
-        yield not 0 <= value < math.inf, f"--{name} {value}: must be 0 or more"
+def ranges(config: Config) -> Verdicts:
+    """The rules about one number; nan breaks all of them."""
+    for name, value in vars(config).items():
+        if type(value) in (int, float):
+            zero = name in MAY_BE_0
+            sound = 0 < value < math.inf or zero and value == 0
+            yield not sound, name, "must be 0 or more" if zero else "must be above 0"
 
 
-def rules(config: Config, task: tasks.Task) -> Iterator[tuple[bool, str]]:
-    """(is it broken, the line for the user) of each rule about several flags, or a flag and the task."""
-    c, grpo, chains, size = config, config.method == "grpo", chain_credit(config, task), group_answers(config)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    sized = "--group_size" if grpo else "--num_sketches times --num_solutions (and --num_direct)"
-    yield size < 2, f"{sized} is {size}: a group of one has nothing to be compared with; make it 2 or more"
-    many = c.minibatches > c.problems_per_step
-    yield many, f"--minibatches {c.minibatches}: at most the number of problems in a step, {c.problems_per_step}"
-    alone = chains and c.baseline == "position" and c.problems_per_step < 2
-    yield alone, "--problems_per_step 1: --baseline position compares chains; make it 2 or more"
-    yield not 0 < c.top_p <= 1, f"--top_p {c.top_p}: must be above 0 and at most 1"
-    cut = c.top_p < 1 and not c.eval_only
-    yield cut, f"--top_p {c.top_p}: the loss trains the whole distribution; leave it at 1, or use it with --eval_only"
+def rules(config: Config, task: tasks.Task) -> Verdicts:
+    """The rules about several flags, or a flag and the task."""
+    c, size, ranks = config, group_answers(config), environ("WORLD_SIZE", 1)
+    grpo, chains, single = c.method == "grpo", chain_credit(c, task), c.problems_per_step < 2
+    group = "group_size" if grpo else "num_sketches num_solutions num_direct"
+    yield size < 2, group, f"the group is {size}: a group of one has nothing to be compared with"
+    yield c.minibatches > c.problems_per_step, "minibatches", "at most --problems_per_step"
+    alone = chains and c.baseline == "position" and single
+    yield alone, "problems_per_step", "--baseline position compares chains; make it 2 or more"
+    yield not 0 < c.top_p <= 1, "top_p", "must be above 0 and at most 1"
+    whole = "the loss trains the whole distribution; needs --eval_only"
+    yield c.top_p < 1 and not c.eval_only, "top_p", whole
     beyond = c.advantage_scale == "passk" and max(c.pass_k, c.pass_k_end) > size
-    yield beyond, f"--pass_k {c.pass_k}, --pass_k_end {c.pass_k_end}: at most the {size} answers of a group"
+    yield beyond, "pass_k pass_k_end", f"at most the {size} answers of a group"
     unscaled = chains and c.advantage_scale in ("loo", "passk")
-    yield unscaled, f"--advantage_scale {c.advantage_scale}: guesses in a chain take none or std"
+    yield unscaled, "advantage_scale", "guesses in a chain take none or std"
     most_k = min(c.eval_samples, size) if task.two_stage else c.eval_samples
     unseen = not 1 <= min(c.eval_k, default=0) <= most_k
-    yield unseen, f"--eval_k {c.eval_k}: the least must be from 1 to {most_k}, the samples of a problem"
+    yield unseen, "eval_k", f"the least must be from 1 to {most_k}, the samples of a problem"
     uneven = c.shard_ranks and ranks % c.shard_ranks
-    yield uneven, f"--shard_ranks {c.shard_ranks}: must divide the number of ranks, {ranks}"
-    drawn, listed = f"--sketches {c.sketches}:", c.sketches == "list"
-    yield c.sketches != "sequential" and grpo, f"{drawn} there is no Stage I to vary with --method grpo"
-    unpaired = c.sketches == "placebo" and (c.problems_per_step < 2 or ranks > 1)
-    yield unpaired, f"{drawn} takes those of the problem before: needs --problems_per_step 2 or more, on one rank"
-    yield listed and c.model == "tiny", f"{drawn} the tiny policy writes no lines; needs a pretrained model"
-    answers = f"{drawn} where the sketches are the answers there are only sequential, iid and placebo"
-    yield listed and not task.two_stage, answers
+    yield uneven, "shard_ranks", f"must divide the number of ranks, {ranks}"
+    varied, listed = grpo and c.sketches != "sequential", c.sketches == "list"
+    yield varied, "sketches", "there is no Stage I to vary with --method grpo"
+    unpaired = c.sketches == "placebo" and (single or ranks > 1)
+    yield unpaired, "sketches", "takes another problem's: needs two problems, on one rank"
+    yield listed and c.model == "tiny", "sketches", "the tiny policy writes no lines; take another"
+    yield listed and not task.two_stage, "sketches", "where the sketches are the answers take another"
     unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
-    yield unmixed, f"--num_direct {c.num_direct}: mixes groups of --method sesa on a task with a solution stage only"
-    blind = c.explore == "stuck" and not c.num_direct
-    yield blind, "--explore stuck: needs --num_direct 1 or more, the answers that tell whether a problem is stuck"
+    yield unmixed, "num_direct", "mixes groups of --method sesa on a task with a solution stage only"
+    yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
     across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
-    yield across, "chains about different problems are not comparable: use --baseline chain --rarity 0"
+    yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
-    yield missing, f"--report_to {c.report_to}: the package is not installed; pip install {c.report_to}"
+    yield missing, "report_to", f"the package is not installed; pip install {c.report_to}"
     untrained = c.eval_only or not c.steps
-    yield untrained and c.push_to_hub, f"--push_to_hub {c.push_to_hub}: nothing is trained; needs --steps above 0"
-    yield untrained and not c.eval_first, "--eval_first False: nothing else would be evaluated; needs --steps above 0"
+    yield untrained and c.push_to_hub, "push_to_hub", "nothing is trained; needs --steps above 0"
+    yield untrained and not c.eval_first, "eval_first", "nothing is evaluated; needs --steps above 0"
 
 
 def chain_credit(config: Config, task: tasks.Task) -> bool:
     """Each guess of a chain is rewarded by itself."""
     return config.method == "sesa" and not task.two_stage
+
+
+def environ(name: str, default: int = 0) -> int:
+    """A number that torchrun tells its processes."""
+    return int(os.environ.get(name, default))
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -458,14 +463,14 @@ class Policy:
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        extra = dict(prompts=vars(self.prompts), limits=self.limits, tiny=self.tiny)
-        (folder / "sesa.json").write_text(json.dumps(extra, ensure_ascii=False, indent=1))
+        notes = dict(prompts=vars(self.prompts), limits=self.limits, tiny=self.tiny)
+        write_json(folder / "sesa.json", notes)
 
 
 def notes(model: str) -> dict:
     """What `Policy.save` has left beside the weights; {} in a folder of others."""
     file = Path(model) / "sesa.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read_json(file) if file.exists() else {}
 
 
 def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights: bool = True) -> Policy:
@@ -473,22 +478,24 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
 
     Without weights nothing but its config and tokenizer is read (or downloaded).
     """
-    path, remedy = Path(name), "give tiny, a hub id, a folder or a .gguf file"
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.endswith(".gguf")):
-        raise UserError(f"--model {name}: there is no such file or folder; {remedy}")
+    path, flag = Path(name), f"--model {name}:"
+    remedy = "give tiny, a hub id, a folder or a .gguf file"
+    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
+        raise UserError(f"{flag} there is no such file or folder; {remedy}")
     try:
         model, tokenizer = load_pretrained(path, weights)
-    except Exception as error:  # a missing, damaged or foreign file raises whatever its bytes lead to
-        raise UserError(f"--model {name}: cannot be loaded ({first_line(error)}); {remedy}") from None
+    # A missing, damaged or foreign file raises whatever its bytes lead to.
+    except Exception as error:
+        raise UserError(f"{flag} cannot be loaded ({line_of(error)}); {remedy}") from None
     default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    ours = dict(prompts=vars(default), limits=limits, tiny=False) | notes(name)
+    ours = dict(prompts=vars(default), limits=limits) | notes(name)
     ours["prompts"] = load_prompts(prompts, sesa.Prompts(**ours["prompts"]))
     policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"--model {name}: its output head has a bias, which the fused loss does not compute")
+        raise UserError(f"{flag} its output head has a bias, which the loss does not compute")
     if not policy.stop_ids:
-        raise UserError(f"--model {name}: its tokenizer names no end-of-sequence token; set one in its config")
+        raise UserError(f"{flag} its tokenizer names no end-of-sequence token; set one")
     return policy
 
 
@@ -499,23 +506,25 @@ def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
         name, options = str(path.parent), dict(gguf_file=path.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     if not weights:
+        shape = transformers.AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
-            return auto.from_config(transformers.AutoConfig.from_pretrained(name, **options)), tokenizer
+            return auto.from_config(shape), tokenizer
     if options:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return auto.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def line_of(error: BaseException, i: int = 0) -> str:
+    """The first line of what an error says; -1: the last."""
+    return (str(error).strip() or type(error).__name__).splitlines()[i]
 
 
 def load_prompts(path: str | None, default: sesa.Prompts) -> sesa.Prompts:
     if path is None:
         return default
     try:
-        return default.replaced(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return default.replaced(read_json(Path(path)))
+    except Exception as error:
         raise UserError(f"--prompts {path}: {error}; must be a JSON object of texts") from None
 
 
@@ -531,7 +540,8 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # one base, whatever the seed of training
+        # one base, whatever the seed of training
+        torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(shape)
     prompts = load_prompts(config.prompts, sesa.default_prompts(True, task.two_stage))
     return Policy(model, tokenizer, prompts, dict(task.tiny_tokens), tiny=True)
@@ -558,7 +568,7 @@ def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -
         with patience(f"loading {name}"):
             return load_policy(name, task, config.prompts)
 
-    return ranks.first(make, lambda policy: dataclasses.replace(policy, model=hollow(policy.model, device="meta")))
+    return ranks.first(make, lambda made: replace(made, model=hollow(made.model, device="meta")))
 
 
 def hollow(model: nn.Module, **options) -> nn.Module:
@@ -578,7 +588,8 @@ def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Policy
     cache = warm_start_cache(config, policy, task)
     if not cache.exists():
         demonstrate(config, policy, task, device)
-        if not cache.exists():  # another run may have been faster
+        # another run may have been faster
+        if not cache.exists():
             write_folder(cache, policy.save, Ranks(0, 1, device))
     policy.model = load_policy(str(cache), task).model
     return policy
@@ -587,22 +598,20 @@ def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Policy
 def warm_start_cache(config: Config, policy: Policy, task: tasks.Task) -> Path:
     """The folder of a warm-started policy, named by what makes it: recipe, model, words, prompts, demonstrations."""
     recipe = [config.warm_start_steps, config.warm_start_batch, config.warm_start_lr]
-    recipe.append(policy.model.config.to_json_string(use_diff=False))
-    recipe += [policy.tokenizer.get_vocab(), vars(policy.prompts)]
-    rows = demonstration_rows(policy, task, 64, seed=0)
-    recipe += [str(row.ids) for row in rows]
+    shape = policy.model.config.to_json_string(use_diff=False)
+    recipe += [shape, policy.tokenizer.get_vocab(), vars(policy.prompts)]
+    recipe += [str(row.ids) for row in demonstration_rows(policy, task, 64, seed=0)]
     text = json.dumps(recipe, sort_keys=True, default=str)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sesa" / f"{task.name}-{key}"
 
 
-def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) -> Iterator[rl.TrainingSequence]:
-    """The conversations of `count` demonstrations, as rows to be learnt by heart."""
+def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> Iterator[Row]:
+    """The conversations of n demonstrations, as rows to be learnt by heart."""
     explorer = sesa.Explorer(None, task, policy.chat(), policy.prompts)
-    demonstrations = task.demonstrations(random.Random(seed))
-    for demonstration in islice(demonstrations, count):
-        for trajectory in explorer.demonstration(demonstration):
+    for demo in islice(task.demonstrations(random.Random(seed)), n):
+        for trajectory in explorer.demonstration(demo):
             trajectory.advantages = [1.0]
             yield sesa.as_sampled(trajectory)
 
@@ -610,16 +619,17 @@ def demonstration_rows(policy: Policy, task: tasks.Task, count: int, seed: int) 
 def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.device) -> None:
     """Maximum likelihood on the task's demonstrations."""
     model = policy.model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.01)
+    options = dict(betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
     steps, batch = config.warm_start_steps, config.warm_start_batch
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
-        taken = list(islice(rows, batch))  # a demonstration is one row or more
-        total = sum(len(row.targets) for row in taken)
-        loss = 0.0
+        # a demonstration is one row or more
+        taken = list(islice(rows, batch))
+        total, loss = sum(len(row.targets) for row in taken), 0.0
         for micro in rl.micro_batches(taken, config.micro_batch_tokens):
-            part, _ = score(model, micro, device, lambda stats, total=total: -stats.logp.sum() / total)
+            part, _ = score(model, micro, device, lambda stats, n=total: -stats.logp.sum() / n)
             part.backward()
             loss += part.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -645,26 +655,25 @@ class Run:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
         self.reference = None if config.eval_only else reference_policy(self, whole)
-        decay = dict(weight_decay=config.weight_decay)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, **decay)
+        decay, weights = config.weight_decay, self.model.parameters()
+        self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay)
         # The weights are fp32. Rollouts run on a copy: in bf16 on a GPU, gathered where the weights are sharded. One
         # process on a CPU needs none.
-        self.actor = self.model
+        self.policy = policy
         if ranks.size > 1 or on_gpu:
             dtype = torch.bfloat16 if on_gpu else torch.float32
-            self.actor = hollow(whole, dtype=dtype, device=ranks.device).to(ranks.device)
+            policy.model = hollow(whole, dtype=dtype, device=ranks.device).to(ranks.device)
             self.refresh_actor()
-        self.policy = policy = dataclasses.replace(policy, model=self.actor)
-        self.explorer = policy.explorer(task, max_rows=config.max_rows, memory_gb=config.cache_gb)
-        self.sampler, self.limits = self.explorer.sampler, policy.token_limits(config)
+        room = dict(max_rows=config.max_rows, memory_gb=config.cache_gb)
+        self.explorer, self.limits = policy.explorer(task, **room), policy.token_limits(config)
+        self.plan = plan_of(config, self.limits, config.temperature)
         self.problems = task.problems("train", config.seed)
-        # the most that the policy can write in one answer
-        self.max_tokens = self.limits["solution"] * task.max_turns if task.two_stage else self.limits["sketch"]
 
     def train(self, folder: RunFolder, state: dict, log: Callable) -> None:
         """Train from where `state` is to the last step, or until asked to stop; log: of `reporting`."""
         config, began = self.config, time.perf_counter() - state["seconds"]
-        quiet = None if self.ranks.rank == 0 else True  # None: where there is no terminal
+        # None: quiet where there is no terminal
+        quiet = None if self.ranks.rank == 0 else True
         progress = tqdm(range(state["step"], config.steps), config.method, disable=quiet)
         skipped = 0
         with stop_signal(self.ranks) as asked_to_stop:
@@ -679,12 +688,14 @@ class Run:
                         state |= dict(best=found, best_step=state["step"])
                 state["seconds"] = time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
-                skipped = skipped + row["skipped_updates"] if row["skipped_updates"] == config.minibatches else 0
+                lost = row["skipped_updates"]
+                skipped = skipped + lost if lost == config.minibatches else 0
                 if skipped >= 5:
-                    line = f"step {state['step']}: {skipped} updates in a row had a loss or gradient that is not finite"
-                    raise UserError(f"{line}; go on with a lower --learning_rate from a checkpoint in {folder.path}")
+                    line = f"{skipped} updates in a row had a loss or gradient that is not finite"
+                    remedy = f"from a checkpoint in {folder.path} go on with a lower --learning_rate"
+                    raise UserError(f"step {state['step']}: {line}; {remedy}")
                 records = []
-                if last or step % config.sample_every == 0:
+                if last or due(step, config.sample_every):
                     records = [sesa.sample_record(step + 1, g) for g in groups[:2]]
                     folder.append("samples.jsonl", *records)
                     if records and not progress.disable:
@@ -692,61 +703,57 @@ class Run:
                 log(row, records)
                 if last or due(state["step"], config.checkpoint_every):
                     folder.save(self, state)
-                numbers = dict(reward=f"{row['reward']:.3f}", entropy=f"{row['entropy'] or 0:.2f}")
-                progress.set_postfix(numbers, found=row["unique_found"] or None)
+                shown = ("reward", "entropy", "unique_found")
+                progress.set_postfix({name: row[name] or 0.0 for name in shown})
                 if last:
                     break
 
     def step(self, step: int) -> tuple[list[sesa.Group], dict]:
         """One rollout and its updates. Returns this rank's groups and the step's row of metrics."""
-        config, began, before = self.config, time.perf_counter(), dict(vars(self.sampler.stats))
-        first = step * config.problems_per_step
-        problems = [self.problems[first + i] for i in range(config.problems_per_step)]
-        mine = self.ranks.share(problems)
-        groups = self.explorer.rollout(mine, self.plan(config.temperature), (config.seed, step))
+        c, ranks, stats = self.config, self.ranks, vars(self.explorer.sampler.stats)
+        began, before = time.perf_counter(), dict(stats)
+        places = range(step * c.problems_per_step, (step + 1) * c.problems_per_step)
+        mine = ranks.share([self.problems[i] for i in places])
+        groups = self.explorer.rollout(mine, self.plan, (c.seed, step))
         rolled_out = time.perf_counter()
 
-        outcomes = self.ranks.gather([g.outcomes() for g in groups])
+        outcomes = ranks.gather([g.outcomes() for g in groups])
         rewards, advantages = sesa.credit(outcomes, **self.credit_rule(step))
         rows = []
         for (place, _), group in zip(mine, groups, strict=True):
             sesa.assign(group, rewards[place], advantages[place])
-            rows += [(place, row) for row in sesa.sequences(group, config.sketch_context, config.distill_coef)]
+            parts = sesa.sequences(group, c.sketch_context, c.distill_coef)
+            rows += [(place, row) for row in parts]
 
-        rate = rl.learning_rate(step, config.steps, config.warmup_steps, config.learning_rate, config.lr_schedule)
-        fallen = min(1.0, step / (0.7 * config.steps))
-        kl_coef = config.kl_coef + (config.kl_coef_end - config.kl_coef) * fallen
+        rate = rl.learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, c.lr_schedule)
         self.optimizer.param_groups[0]["lr"] = rate
-        models = self.model, self.reference
-        metrics = update(*models, rows, config, self.optimizer, kl_coef, self.max_tokens, self.ranks)
+        kl_coef = c.kl_coef + (c.kl_coef_end - c.kl_coef) * min(1.0, step / (0.7 * c.steps))
+        models, longest = (self.model, self.reference), longest_answer(self.limits, self.task)
+        metrics = update(*models, rows, c, self.optimizer, kl_coef, longest, ranks)
         self.refresh_actor()
 
-        counts, now = Counter(), vars(self.sampler.stats)
+        counts, tokens = Counter(), ("generated_tokens", "prefill_tokens")
         for group in groups:
             counts.update(group.counts())
-        tokens = ("generated_tokens", "prefill_tokens")
-        counts = self.ranks.sum(counts | {name: now[name] - before[name] for name in tokens})
-        row = dict(step=step + 1) | sesa.group_metrics(outcomes, rewards) | sesa.text_metrics(counts)
-        row |= dict(entropy=None, kl=None) | metrics
+        counts = ranks.sum(counts | {name: stats[name] - before[name] for name in tokens})
+        row = dict(step=step + 1) | sesa.group_metrics(outcomes, rewards)
+        row |= sesa.text_metrics(counts) | dict(entropy=None, kl=None) | metrics
         row |= {name: int(counts[name]) for name in (*tokens, "sketch_tokens")}
-        row |= dict(learning_rate=rate, kl_coef=kl_coef)
-        row |= dict(rollout_time=rolled_out - began, step_time=time.perf_counter() - began)
-        return groups, row
+        row |= dict(learning_rate=rate, kl_coef=kl_coef, rollout_time=rolled_out - began)
+        return groups, row | dict(step_time=time.perf_counter() - began)
 
     def credit_rule(self, step: int) -> dict:
         c = self.config
-        pass_k = round(c.pass_k + (c.pass_k_end - c.pass_k) * step / max(1, c.steps - 1))
-        rule = dict(chains=chain_credit(c, self.task), scale=c.advantage_scale)
-        return rule | dict(baseline=c.baseline, repeats=c.repeats, rarity=c.rarity, pass_k=pass_k)
-
-    def plan(self, temperature: float, top_p: float = 1.0, **changes) -> sesa.Plan:
-        return plan_of(self.config, self.limits, temperature, top_p, **changes)
+        pass_k = c.pass_k + (c.pass_k_end - c.pass_k) * step / max(1, c.steps - 1)
+        rule = dict(chains=chain_credit(c, self.task), baseline=c.baseline, pass_k=round(pass_k))
+        return rule | dict(scale=c.advantage_scale, repeats=c.repeats, rarity=c.rarity)
 
     @torch.no_grad()
     def refresh_actor(self) -> None:
         """Give the sampler's copy, where it has one, the new weights: one at a time, cast before they travel."""
-        if self.actor is not self.model:
-            for ours, theirs in zip(self.actor.parameters(), self.model.parameters(), strict=True):
+        copied, model = self.policy.model, self.model
+        if copied is not model:
+            for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
                 ours.copy_(unsharded(theirs.to(ours.dtype)))
 
     def tensors(self) -> dict:
@@ -762,7 +769,8 @@ class Run:
             if not old:
                 dcp.load(tensors, checkpoint_id=folder / "training_state")
             dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
-        except (Exception, CheckpointException) as error:  # a damaged file raises whatever the bytes lead to
+        # A damaged file raises whatever the bytes lead to.
+        except (Exception, dcp.CheckpointException) as error:
             raise damaged(folder, error) from None
         self.refresh_actor()
 
@@ -776,31 +784,30 @@ class Run:
         row["unique_found"] = len(state["found"])
 
     def summary(self, state: dict) -> dict:
-        kib = 1 if sys.platform == "linux" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / kib / 1024
+        c, task, base, last = self.config, self.task, state["base"], state["last"]
+        # ru_maxrss is in KiB on Linux, in bytes on macOS
+        mb = 2**10 if sys.platform == "linux" else 2**20
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mb
+        result = dict(task=c.task, method=c.method, seed=c.seed, steps=state["step"])
+        result |= dict(seconds=round(state["seconds"], 1), peak_rss_mb=round(memory))
+        result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
+        result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
+        result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-        return {name: getattr(self.config, name) for name in ("task", "method", "seed")} | dict(
-            steps=state["step"],
-            seconds=round(state["seconds"], 1),
-            peak_rss_mb=round(memory),
-            generated_tokens=state["generated_tokens"],
-            unique_found=len(state["found"]),
-            **sesa.measures(state["last"]),
-            floor=self.task.floor(),
-            ceiling=self.task.ceiling(),
-            base=state["base"] and sesa.measures(state["base"]),
-            evaluation=state["last"],
-            base_evaluation=state["base"],
-            versions=versions | dict(python=sys.version.split()[0]),
-        )
+        return result | dict(versions=versions | dict(python=sys.version.split()[0]))
 
 
-def plan_of(config: Config, limits: dict[str, int], temperature: float, top_p: float, **changes) -> sesa.Plan:
-    names = ("method", "num_sketches", "num_solutions", "group_size", "num_direct", "explore", "sketches")
-    given = {name: getattr(config, name) for name in names}
+def plan_of(config: Config, limits: dict[str, int], temperature: float, **changes) -> sesa.Plan:
+    """How groups are drawn; limits: of `Policy.token_limits`."""
     for kind, limit in limits.items():
-        given[f"{kind}_params"] = SamplingParams(temperature, top_p, max_new_tokens=limit)
-    return sesa.Plan(**given | changes)
+        changes[f"{kind}_params"] = SamplingParams(temperature, config.top_p, max_new_tokens=limit)
+    names = vars(sesa.Plan()).keys() & vars(config).keys()
+    return sesa.Plan(**{name: getattr(config, name) for name in names} | changes)
+
+
+def longest_answer(limits: dict[str, int], task: tasks.Task) -> int:
+    """The most tokens that the policy can write in one answer."""
+    return limits["solution"] * task.max_turns if task.two_stage else limits["sketch"]
 
 
 def due(step: int, every: int) -> bool:
@@ -809,16 +816,16 @@ def due(step: int, every: int) -> bool:
 
 def reference_policy(run: Run, whole: nn.Module) -> nn.Module | None:
     """A frozen copy of the policy that training starts from, or of --reference; None without a KL term."""
-    config = run.config
+    config, ranks, name = run.config, run.ranks, run.config.reference
     if config.kl_coef == config.kl_coef_end == 0:
         return None
-    if config.reference is not None:
-        whole = starting_policy(config.reference, config, run.task, run.ranks).model
-    elif run.ranks.size == 1:
+    if name is not None:
+        whole = starting_policy(name, config, run.task, ranks).model
+    elif ranks.size == 1:
         whole = copy.deepcopy(whole)
     if whole.config.vocab_size != run.model.config.vocab_size:
-        raise UserError(f"--reference {config.reference}: its vocabulary is not that of the policy")
-    return run.ranks.shard(whole.eval().requires_grad_(False), config.shard_ranks)
+        raise UserError(f"--reference {name}: its vocabulary is not that of the policy")
+    return ranks.shard(whole.eval().requires_grad_(False), config.shard_ranks)
 
 
 @contextmanager
@@ -844,8 +851,8 @@ def stop_signal(ranks: Ranks) -> Iterator[Callable[[], bool]]:
 
 
 def update(
-    policy: nn.Module, reference: nn.Module | None, rows: list[tuple[int, rl.TrainingSequence]], config: Config,
-    optimizer: torch.optim.Optimizer, kl_coef: float, max_tokens: int, ranks: Ranks,
+    policy: nn.Module, reference: nn.Module | None, rows: Sequence[tuple[int, Row]],
+    config: Config, optimizer: torch.optim.Optimizer, kl_coef: float, max_tokens: int, ranks: Ranks,
 ) -> dict[str, float]:  # fmt: skip
     """One rollout's updates. rows: (place of its problem in the step, row), this rank's. Returns metrics.
 
@@ -865,44 +872,48 @@ def update(
             p.grad = torch.zeros_like(p)
         micros, loss = micro_batches(mine, config, ranks), 0.0
         for micro in micros:
-            if isinstance(policy, FSDPModule):  # gradients travel once, when all have been added up
+            # gradients travel once, when all have been added up
+            if isinstance(policy, FSDPModule):
                 policy.set_requires_gradient_sync(micro is micros[-1])
             part = backward(policy, reference, micro, config, kl_coef, ranks.device)
             loss += part["loss"]
             sums.update(part)
-        norms.append(float(unsharded(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))))
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        norms.append(float(unsharded(norm)))
+        # on all ranks or on none: one step with nan or inf would be the last
         if all(ranks.gather([math.isfinite(loss + norms[-1])])):
             optimizer.step()
-        else:  # on all ranks: one step with nan or inf would be the last
+        else:
             skipped += 1
-    sums = ranks.sum(dict(sums))
+    sums = ranks.sum(sums)
     loss = sums.pop("loss", 0.0) / config.minibatches
     means = dict(loss=loss, grad_norm=sum(norms) / len(norms), skipped_updates=skipped)
     return means | rl.mean_metrics(sums)
 
 
-def micro_batches(rows: Sequence[rl.TrainingSequence], config: Config, ranks: Ranks) -> list:
+def micro_batches(rows: Sequence[Row], config: Config, ranks: Ranks) -> list[list[Row]]:
     """As many on every rank, for each forward of a sharded model is a collective: the missing ones weigh nothing."""
     micros = list(rl.micro_batches(rows, config.micro_batch_tokens))
     most = max(ranks.gather([len(micros)]))
     nothing = torch.zeros(1, device=ranks.device)
-    idle = rl.TrainingSequence([0, 0], [1], [0.0], [0.0], old_logps=nothing, token_weights=nothing)
+    idle = Row([0, 0], [1], [0.0], [0.0], old_logps=nothing, token_weights=nothing)
     return micros + [[idle] for _ in range(most - len(micros))]
 
 
-def backward(policy, reference, micro: list[rl.TrainingSequence], config: Config, kl_coef: float, device) -> dict:
+def backward(policy, reference, micro: list[Row], config: Config, kl_coef: float, device) -> dict:
     """Add one micro-batch's gradient to the policy's. Returns sums over its tokens, to be added up."""
-    is_options = dict(cap=config.is_cap, level=config.is_level) if config.sketch_context == "is" else None
+    c = config
+    is_options = dict(cap=c.is_cap, level=c.is_level) if c.sketch_context == "is" else None
     inputs, sampled = rl.loss_inputs(micro, device, is_options)
-    clips = dict(clip_low=config.clip_low, clip_high=config.clip_high)
-    options = clips | dict(kl_coef=kl_coef, kl_type=config.kl_type, entropy_coef=config.entropy_coef)
+    clips = dict(clip_low=c.clip_low, clip_high=c.clip_high)
+    options = clips | dict(kl_coef=kl_coef, kl_type=c.kl_type, entropy_coef=c.entropy_coef)
     # The loss is computed in chunks of tokens: what is None is bound here, what is [N] is cut like the tokens.
     bound, extras = ([None], inputs[1:]) if inputs[0] is None else ([], inputs)
-    loss, stats = score(
-        policy, micro, device,
-        lambda stats, *extras: rl.policy_loss(stats, *bound, *extras, **options),
-        extras, reference, **distribution(policy, config),
-    )  # fmt: skip
+
+    def loss_fn(stats: kernels.TokenStats, *extras: Tensor) -> Tensor:
+        return rl.policy_loss(stats, *bound, *extras, **options)
+
+    loss, stats = score(policy, micro, device, loss_fn, extras, reference, c.temperature)
     loss.backward()
     metrics = rl.update_metrics(stats, *inputs, **clips)
     shift = (stats.logp if bound else inputs[0]) - sampled  # [N]
@@ -911,26 +922,27 @@ def backward(policy, reference, micro: list[rl.TrainingSequence], config: Config
 
 
 def score(
-    model: nn.Module, rows: Sequence[rl.TrainingSequence], device, loss_fn: Callable, extras: Sequence[Tensor] = (),
-    reference: nn.Module | None = None, **options,
+    model: nn.Module, rows: Sequence[Row], device, loss_fn: Callable, extras: Sequence[Tensor] = (),
+    reference: nn.Module | None = None, temperature: float = 1.0,
 ) -> tuple[Tensor, kernels.TokenStats]:  # fmt: skip
     """From token ids to the loss: (loss, statistics [N] of the rows' target tokens), [N, V] logits never being held.
 
-    loss_fn, extras, options: see kernels.linear_policy_loss.
+    loss_fn, extras: see kernels.linear_policy_loss.
     """
-    ref = ref_weight = None
+    ref = ref_head = None
     if reference is not None:
         with torch.no_grad():
-            ref, _ = inside(reference, hidden_states, rows, device)  # [N, H]
-        ref_weight = head(reference, ref)  # [V, H]
+            ref, ref_head, _ = inside(reference, last_layer, rows, device)  # [N, H], [V, H]
+    scale, softcap = output_scaling(model.config)
 
     def from_ids(model: nn.Module) -> tuple[Tensor, kernels.TokenStats]:
-        hidden, targets = hidden_states(model, rows, device)  # [N, H], [N]
-        weight = head(model, hidden)  # [V, H]
-        return kernels.linear_policy_loss(hidden, weight, targets, loss_fn, extras, ref, ref_weight, **options)
+        hidden, head, targets = last_layer(model, rows, device)
+        tensors = hidden, head, targets, loss_fn, extras, ref, ref_head
+        return kernels.linear_policy_loss(*tensors, temperature / scale, softcap / scale)
 
     result = inside(model, from_ids)
-    for done in (reference, None if torch.is_grad_enabled() else model):  # no backward will do it
+    # no backward will do it
+    for done in (reference, None if torch.is_grad_enabled() else model):
         if isinstance(done, FSDPModule):
             done.reshard()
     return result
@@ -942,38 +954,32 @@ def inside(model: nn.Module, function: Callable, *args):
     return model.inside(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
 
 
-def hidden_states(model: nn.Module, rows: Sequence[rl.TrainingSequence], device) -> tuple[Tensor, Tensor]:
-    """(hidden [N, H], targets [N]) of the rows' target tokens, row after row.
+def last_layer(model: nn.Module, rows: Sequence[Row], device) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden [N, H], head [V, H], targets [N]) of the rows' target tokens, row after row; bf16 on a GPU.
 
     Rows are padded on the right, where causal attention never looks from the left: no mask is needed, and no pad id
     can be mistaken for a token. Token t is predicted from the hidden state at t - 1.
     """
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in rows], device=device)  # [B, T]
-    owner = torch.tensor([b for b, row in enumerate(rows) for _ in row.targets], device=device)  # [N]
-    place = torch.tensor([t for row in rows for t in row.targets], device=device)  # [N]
-    on_gpu = device.type == "cuda"
+    on_gpu, longest = device.type == "cuda", max(len(row.ids) for row in rows)
+    padded = [row.ids + [0] * (longest - len(row.ids)) for row in rows]
+    places = [(b, t) for b, row in enumerate(rows) for t in row.targets]
+    ids = torch.tensor(padded, device=device)  # [B, T]
+    owner, place = torch.tensor(places, device=device).T  # [N], [N]
     with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, H]
-    hidden = hidden[owner, place - 1]  # [N, H]   fp32 even under autocast, which would make the head's product slow
-    return hidden.bfloat16() if on_gpu else hidden, ids[owner, place]
-
-
-def head(model: nn.Module, hidden: Tensor) -> Tensor:
-    return model.get_output_embeddings().weight.to(hidden.dtype)  # [V, H]
-
-
-def distribution(model: nn.Module, config: Config) -> dict:
-    """What turns logits into the distribution that is sampled and trained."""
-    scale, softcap = output_scaling(model.config)
-    return dict(temperature=config.temperature / scale, softcap=softcap / scale)
+    # hidden is fp32 even under autocast, which would make the head's product slow
+    hidden, head = hidden[owner, place - 1], model.get_output_embeddings().weight
+    if on_gpu:
+        hidden, head = hidden.bfloat16(), head.bfloat16()
+    return hidden, head, ids[owner, place]
 
 
 @torch.no_grad()
-def old_log_probs(model, rows: Sequence[rl.TrainingSequence], config: Config, ranks: Ranks) -> None:
+def old_log_probs(model: nn.Module, rows: Sequence[Row], config: Config, ranks: Ranks) -> None:
     """Set row.old_logps: of the policy before the updates of this rollout, in the context of the loss."""
+    options = dict(loss_fn=lambda stats: stats.logp.sum(), temperature=config.temperature)
     for micro in micro_batches(rows, config, ranks):
-        _, stats = score(model, micro, ranks.device, lambda stats: stats.logp.sum(), **distribution(model, config))
+        _, stats = score(model, micro, ranks.device, **options)
         lengths = [len(row.targets) for row in micro]
         for row, logps in zip(micro, stats.logp.split(lengths), strict=True):
             row.old_logps = logps
@@ -985,27 +991,27 @@ def old_log_probs(model, rows: Sequence[rl.TrainingSequence], config: Config, ra
 
 def evaluate(run: Run) -> dict:
     """{"iid": metrics, "sequential": metrics} on validation problems, the same ones at every evaluation."""
-    config, n, two_stage = run.config, run.config.eval_samples, run.task.two_stage
-    problems = list(islice(run.task.problems("validation", 0), config.eval_problems))
+    c, task, n = run.config, run.task, run.config.eval_samples
+    problems = list(islice(task.problems("validation", 0), c.eval_problems))
     # in sequence: as many answers as a mixed group has, all of them through sketches
-    sketches = config.num_sketches + config.num_direct // config.num_solutions
-    ways = dict(
-        iid=dict(method="grpo", group_size=n if two_stage else min(n, 50)),
-        sequential=dict(method="sesa", sketches="sequential", num_sketches=sketches, num_direct=0, explore="always"),
-    )
+    sketches = c.num_sketches + c.num_direct // c.num_solutions
+    chain = dict(method="sesa", sketches="sequential", explore="always", num_direct=0)
+    chain |= dict(num_sketches=sketches, group_size=sketches * c.num_solutions)
+    alone = dict(method="grpo", group_size=n if task.two_stage else min(n, 50))
     found = {}
-    for kind, changes in ways.items():
-        plan = run.plan(config.eval_temperature, config.top_p, **changes)
-        size = plan.group_size if kind == "iid" else plan.num_sketches * plan.num_solutions
-        rounds = 1 if two_stage else math.ceil(n / size)
+    for kind, changes in dict(iid=alone, sequential=chain).items():
+        plan = plan_of(c, run.limits, c.eval_temperature, **changes)
+        size, together = plan.group_size, 1 if kind == "iid" else plan.group_size
+        rounds = 1 if task.two_stage else math.ceil(n / size)
         mine = run.ranks.share([p for p in problems for _ in range(rounds)])
         with patience(f"evaluation, {kind}: {len(mine) * size:,} answers"):
-            groups = run.explorer.rollout(mine, plan, (config.seed, "evaluation", kind))
+            groups = run.explorer.rollout(mine, plan, (c.seed, "evaluation", kind))
         outcomes = run.ranks.gather([g.outcomes() for g in groups])
-        if not two_stage:  # the rounds of a problem are one list of guesses
-            outcomes = [sum(outcomes[i : i + rounds], [])[:n] for i in range(0, len(outcomes), rounds)]
-        together = 1 if kind == "iid" else size
-        found[kind] = sesa.evaluation_metrics(outcomes, config.eval_k, run.task.targets, together)
+        # the rounds of a problem are one list of guesses
+        if not task.two_stage:
+            starts = range(0, len(outcomes), rounds)
+            outcomes = [sum(outcomes[i : i + rounds], [])[:n] for i in starts]
+        found[kind] = sesa.evaluation_metrics(outcomes, c.eval_k, task.targets, together)
     found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
     return found
 
@@ -1020,44 +1026,66 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     Every rank writes its part. UserError on all of them where one cannot; need: bytes of the whole, for its line.
     """
     temporary = ranks.first(lambda: path.with_name(f".{path.name}.{os.getpid()}"))
-    problem = None
+    problems = []
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         write(temporary)
-    except (Exception, CheckpointException) as error:  # a full disk has as many names as there are libraries
-        problem = str(error).strip().splitlines()[-1]
+    # A full disk has as many names as there are libraries.
+    except (Exception, dcp.CheckpointException) as error:
+        problems = [line_of(error, -1)]
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if problems := [line for line in ranks.gather([problem]) if line]:
+    if problems := ranks.gather(problems):
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(temporary.parent).free
-        room = f"it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise UserError(f"{path} cannot be written ({problems[0]}): {room}; make room, and go on with --resume")
+        room = f"it needs {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; {ROOM}"
+        raise UserError(f"{path} cannot be written ({problems[0]}): {room}")
     if ranks.rank == 0:
         os.sync()
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-    ranks.gather([])  # no rank goes on before
+    # no rank goes on before
+    ranks.gather([])
+
+
+ROOM = "make room, and go on with --resume"
 
 
 def damaged(folder: Path, error: BaseException) -> UserError:
-    line = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-    return UserError(f"{folder} is damaged ({line[0]}): remove it to resume from the one before it")
+    remedy = "remove it to resume from the one before it"
+    return UserError(f"{folder} is damaged ({line_of(error, -1)}): {remedy}")
 
 
-TENSORS = ("model_state_dict", "optim_state_dict")  # what torch calls them
+# what torch calls them
+TENSORS = ("model_state_dict", "optim_state_dict")
 
 
 def old_tensors(folder: Path) -> dict:
     """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
     model, _ = load_pretrained(folder, weights=True)
-    saved = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")["optimizer"]
+    _, saved = old_state(folder)
     names = [name for name, _ in model.named_parameters()]
     state = {names[i]: moments for i, moments in saved["state"].items()}
     groups = [group | dict(params=names) for group in saved["param_groups"]]
     both = model.state_dict(), dict(state=state, param_groups=groups)
     return dict(zip(TENSORS, both, strict=True))
+
+
+def old_state(folder: Path) -> tuple[dict, dict]:
+    """(position, moments) from such a checkpoint."""
+    state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
+    return state, state.pop("optimizer")
+
+
+def position(folder: Path) -> dict:
+    """What a checkpoint holds beside tensors: where the run was, and its config."""
+    file = folder / "training_state" / "position.json"
+    try:
+        return read_json(file) if file.exists() else old_state(folder)[0]
+    # A damaged file raises whatever the bytes lead to.
+    except Exception as error:
+        raise damaged(folder, error) from None
 
 
 class RunFolder:
@@ -1068,51 +1096,42 @@ class RunFolder:
         micro_batch_tokens report_to push_to_hub""".split()
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.ranks, self.path, self.held = config, ranks, Path(config.output_dir), None
-        self.flags = json.loads(json.dumps(vars(config)))
+        self.config, self.ranks, self.held = config, ranks, None
+        self.path, self.flags = Path(config.output_dir), json.loads(json.dumps(vars(config)))
+        self.file = self.path / "config.json"
+
+    def error(self, rule: str) -> UserError:
+        return UserError(f"--output_dir {self.path} {rule}")
 
     def open(self) -> dict | None:
         """None for a new run; to resume, the position of the last checkpoint. UserError if that cannot be."""
-        steps, file = self.checkpoints(), self.path / "config.json"
-        auto = self.config.resume_auto
-        if not self.config.resume and not (auto and file.exists()):
-            if self.path.is_file() or self.path.exists() and any(self.path.iterdir()):
-                raise UserError(f"--output_dir {self.path} exists and is not empty: use --resume, or another folder")
+        steps, auto, path = self.checkpoints(), self.config.resume_auto, self.path
+        if not self.config.resume and not (auto and self.file.exists()):
+            if path.is_file() or path.exists() and any(path.iterdir()):
+                raise self.error("exists and is not empty: use --resume, or another folder")
             return None
         if not steps and not auto:
-            raise UserError(f"--resume: {self.path} holds no checkpoint; start without --resume, in an empty folder")
+            raise self.error("holds no checkpoint: start without --resume, in an empty folder")
         self.lock("a")
-        if not steps:  # it ended before its first checkpoint
-            self.check(file, json.loads(file.read_text() or "{}"))
-            return None
-        folder = self.checkpoint(steps[-1])
-        try:
-            if (folder / "training_state.pt").exists():
-                state = torch.load(folder / "training_state.pt", weights_only=True)
-                del state["optimizer"]
-            else:
-                state = json.loads((folder / "training_state" / "position.json").read_text(encoding="utf-8"))
-            saved = state.pop("config")
-        except Exception as error:  # a damaged file raises whatever the bytes lead to
-            raise damaged(folder, error) from None
-        self.check(folder, saved)
-        return state
-
-    def check(self, source: Path, saved: dict) -> None:
-        """UserError where the run has flags of its own that the one to be continued had not."""
-        old = {name: value for name, value in saved.items() if name in self.flags and name not in self.FREE}
-        changes = [f"{n} {v!r} -> {self.flags[n]!r}" for n, v in old.items() if v != self.flags[n]]
+        # without a checkpoint it ended before the first
+        source = self.checkpoint(steps[-1]) if steps else self.file
+        state = position(source) if steps else None
+        saved = state.pop("config") if steps else json.loads(source.read_text("utf-8") or "{}")
+        bound = {name: old for name, old in saved.items() if name not in self.FREE}
+        pairs = [(name, old, self.flags.get(name, old)) for name, old in bound.items()]
+        changes = [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if new != old]
         if changes:
-            what = ", ".join(changes)
-            raise UserError(f"{source} is from another config ({what}): use the same flags, or another --output_dir")
+            remedy = "use the same flags, or another --output_dir"
+            raise UserError(f"{source} is from another config ({', '.join(changes)}): {remedy}")
+        return state
 
     def lock(self, mode: str) -> None:
         """Held until this process ends, however it does: one run at a time works in a folder."""
-        self.held = open(self.path / "config.json", mode)
+        self.held = open(self.file, mode)
         try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--output_dir {self.path}: another run is at work there; wait, or give another") from None
+            raise self.error("another run is at work there; wait, or give another") from None
 
     def close(self) -> None:
         if self.held:
@@ -1125,11 +1144,12 @@ class RunFolder:
             if not self.held:
                 self.lock("x")
         except OSError as error:
-            raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror}); give another") from None
+            raise self.error(f"cannot be made ({error.strerror}); give another") from None
         if step == 0:
-            (self.path / "config.json").write_text(json.dumps(self.flags, indent=1))
+            write_json(self.file, self.flags)
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
-            kept = [row for row in read_rows(file) if row["step"] <= step]  # nor what a crash cut off
+            # nor what a crash cut off
+            kept = [row for row in read_rows(file) if row["step"] <= step]
             file.write_text("".join(map(json_line, kept)), encoding="utf-8")
 
     def append(self, name: str, *rows: dict) -> None:
@@ -1139,7 +1159,7 @@ class RunFolder:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 file.writelines(map(json_line, rows))
         except OSError as error:
-            raise UserError(f"{self.path / name}: {error.strerror}; make room, and go on with --resume") from None
+            raise UserError(f"{self.path / name}: {error.strerror}; {ROOM}") from None
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step}"
@@ -1153,22 +1173,23 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             dcp.save(run.tensors(), checkpoint_id=folder / "training_state")
-            if self.ranks.rank == 0:
+            if first:
                 run.policy.save(folder)
                 (folder / "README.md").write_text(model_card(run, state), encoding="utf-8")
-                position = json.dumps(state | dict(config=self.flags), ensure_ascii=False)
-                (folder / "training_state" / "position.json").write_text(position, encoding="utf-8")
+                where = state | dict(config=self.flags)
+                write_json(folder / "training_state" / "position.json", where)
 
-        need = sum(12 * p.numel() for p in run.model.parameters())  # weights and two moments, and the policy
-        need += sum(p.nbytes for p in run.actor.parameters())
-        if self.ranks.rank == 0:
-            for unfinished in self.checkpoint(0).parent.glob(".step_*"):  # of a run that was killed
-                shutil.rmtree(unfinished)
-        write_folder(self.checkpoint(state["step"]), write, self.ranks, need)
-        if self.ranks.rank == 0:
-            for step in self.checkpoints()[: -self.config.keep_checkpoints]:
-                if step != state["best_step"]:
-                    shutil.rmtree(self.checkpoint(step))
+        first, checkpoint = self.ranks.rank == 0, self.checkpoint(state["step"])
+        # weights and two moments, and the policy
+        need = sum(12 * p.numel() for p in run.model.parameters())
+        need += sum(p.nbytes for p in run.policy.model.parameters())
+        # of a run that was killed
+        for unfinished in checkpoint.parent.glob(".step_*") if first else ():
+            shutil.rmtree(unfinished)
+        write_folder(checkpoint, write, self.ranks, need)
+        for step in self.checkpoints()[: -self.config.keep_checkpoints] if first else ():
+            if step != state["best_step"]:
+                shutil.rmtree(self.checkpoint(step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1185,29 +1206,28 @@ class Ranks:
 
     @classmethod
     def start(cls, device: str | None) -> Ranks:
-        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, size, local = environ("RANK"), environ("WORLD_SIZE", 1), torch.device("cpu")
         cuda = torch.cuda.is_available() if device is None else device == "cuda"
         if cuda and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: no CUDA device is visible; use --device cpu")
-        local = torch.device("cpu")
+            raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
         if cuda:
-            local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local = torch.device("cuda", environ("LOCAL_RANK"))
             torch.cuda.set_device(local)
         if size > 1:
             # torchrun keeps its store when it restarts ranks that died: keys of an earlier attempt name dead addresses.
             # Attempts are counted alike on all ranks of one node only.
             store, *_ = next(dist.rendezvous("env://"))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            one_node = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
-            store = dist.PrefixStore(attempt if one_node else "", store)
-            backend = "nccl" if cuda else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30))
+            one_node = environ("LOCAL_WORLD_SIZE") == size
+            attempt = str(environ("TORCHELASTIC_RESTART_COUNT")) if one_node else ""
+            place = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
+            backend, patient = "nccl" if cuda else "gloo", timedelta(minutes=30)
+            dist.init_process_group(backend, timeout=patient, **place)
         return cls(rank, size, local)
 
     def share(self, items: Sequence) -> list:
         """This rank's share of items, as (place, item): consecutive, so that gathered shares are in order."""
-        placed = list(enumerate(items))
-        return placed[self.rank * len(placed) // self.size : (self.rank + 1) * len(placed) // self.size]
+        ends = [rank * len(items) // self.size for rank in (self.rank, self.rank + 1)]
+        return list(enumerate(items))[slice(*ends)]
 
     def gather(self, items: list) -> list:
         """The lists of all ranks, one after another, on every rank."""
@@ -1219,25 +1239,25 @@ class Ranks:
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """The sums over all ranks, name by name."""
-        parts = self.gather([values])
-        names = dict.fromkeys(name for part in parts for name in part)
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+        total = Counter()
+        for part in self.gather([values]):
+            total.update(part)
+        return total
 
     def first(self, make: Callable, send: Callable = lambda made: made):
         """make() of rank 0: the other ranks get send(it). What it raises for the user is raised on all."""
-        made = error = None
+        made, sent = None, [None, None]
         if self.rank == 0:
             try:
                 made = make()
-            except ValueError as caught:
-                error = caught
+                sent[0] = send(made) if self.size > 1 else made
+            except ValueError as error:
+                sent[1] = error
         if self.size > 1:
-            sent = [send(made) if self.rank == 0 and error is None else None, error]
             dist.broadcast_object_list(sent, src=0)
-            made, error = (made if self.rank == 0 else sent[0]), sent[1]
-        if error is not None:
-            raise error
-        return made
+        if sent[1] is not None:
+            raise sent[1]
+        return made if self.rank == 0 else sent[0]
 
     def shard(self, whole: nn.Module, shard_ranks: int | None) -> nn.Module:
         """The model with its weights (so gradients and optimizer, too) shared out over the ranks, from those of rank 0;
@@ -1248,9 +1268,9 @@ class Ranks:
         if self.size == 1:
             return whole.to(self.device)
         model, kind, n = hollow(whole, device="meta"), self.device.type, shard_ranks or self.size
-        mesh = init_device_mesh(kind, (self.size // n, n), mesh_dim_names=("replicate", "shard"))
+        mesh = dist.init_device_mesh(kind, (self.size // n, n), mesh_dim_names=("replicate", "shard"))
         mesh = mesh["shard"] if n == self.size else mesh
-        lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         blocks = next(m for m in lists if len(m) == model.config.num_hidden_layers)
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh)
@@ -1276,6 +1296,14 @@ def unsharded(tensor: Tensor) -> Tensor:
 # Figures
 
 
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
 def json_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
@@ -1289,11 +1317,11 @@ def read_rows(file: Path) -> list[dict]:
 def read_run(path: Path) -> tuple[dict, list[dict]]:
     """(flags, rows) of a run folder: each step's metrics with the tokens and seconds so far, the base first."""
     try:
-        flags = json.loads((path / "config.json").read_text())
-        rows, file = read_rows(path / "metrics.jsonl"), path / "summary.json"
-        base = json.loads(file.read_text())["base_evaluation"] if file.exists() else None
+        flags, rows = read_json(path / "config.json"), read_rows(path / "metrics.jsonl")
+        file = path / "summary.json"
+        base = read_json(file)["base_evaluation"] if file.exists() else None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a run folder ({first_line(error)})") from None
+        raise UserError(f"{path} cannot be read as a run folder ({line_of(error)})") from None
     rows[:0] = [dict(step=0, eval=base)] if base else []
     tokens = seconds = 0
     for row in rows:
@@ -1320,25 +1348,26 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
 
     Evaluations over steps, tokens and seconds: solid in sequence, dashed i.i.d.; the rest over steps.
     """
-    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
+    figure = Figure(figsize=(13, 9), dpi=120, layout="constrained")
+    axes = figure.subplots(3, 3)
     evaluations = [row["eval"] for runs in groups.values() for rows in runs for row in rows if row.get("eval")]
     title = found(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
-    panels = [(title, dict(sequential="-", iid="--"), across) for across in ("step", "tokens", "seconds")]
+    ways = dict(sequential="-", iid="--")
+    panels = [(title, ways, across) for across in ("step", "tokens", "seconds")]
     for name in ("reward", "unique_success", "duplicate_rate", "entropy", "kl", "grad_norm"):
         panels.append((name, {name: "-"}, "step"))
     for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
         axis.set(title=name, xlabel=across)
         for (i, runs), (column, style) in product(enumerate(groups.values()), columns.items()):
-            seeds = [{r["step"]: (r[across], r[column]) for r in rows if r.get(column) is not None} for rows in runs]
+            known = [[r for r in rows if r.get(column) is not None] for rows in runs]
+            seeds = [{r["step"]: (r[across], r[column]) for r in rows} for rows in known]
             shared = [step for step in seeds[0] if all(step in seed for seed in seeds)]
-            mean = {step: [fmean(xy) for xy in zip(*(seed[step] for seed in seeds), strict=True)] for step in shared}
-            for points, width in [(seed, 0.5) for seed in seeds] + [(mean, 1.8)]:
-                x, y = ([point[part] for point in points.values()] for part in (0, 1))
+            mean = np.mean([[seed[step] for step in shared] for seed in seeds], axis=0)
+            for points, width in [(list(seed.values()), 0.5) for seed in seeds] + [(mean, 1.8)]:
+                x, y = np.reshape(points, (-1, 2)).T
                 axis.plot(x, y, style, color=f"C{i}", linewidth=width)
     for i, label in enumerate(groups):
         axes[0, 0].plot([], color=f"C{i}", label=label)
@@ -1348,8 +1377,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
         if level is not None:
             axis.axhline(level, color="gray", linestyle=":")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.savefig(path)
     return title
 
 
@@ -1396,41 +1424,45 @@ def ask(explorer: sesa.Explorer, plan: sesa.Plan, seed: int = 0) -> list[dict]:
     [problem] = problems = explorer.task.problems("validation", 0)
     explorer.check_problems(problems, plan)
     [group] = explorer.rollout([(0, problem)], plan, (seed,))
-    outcomes = iter(group.outcomes())
+    keys = (outcome.key for outcome in group.outcomes())
     texts = [(text, t.sketch) for t in group.trajectories for text in t.texts]
-    return [dict(text=text, sketch=sketch, key=next(outcomes).key) for text, sketch in texts]
+    return [dict(text=text, sketch=sketch, key=next(keys)) for text, sketch in texts]
 
 
 def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
     c = filled(config, **ANSWERS | dict(num_sketches=8))
-    check(ranges(c))
+    check(c, ranges(c))
     question = Question((sys.stdin.read() if c.ask == "-" else c.ask).strip(), c.two_stage)
     ranks = Ranks.start(c.device)
     policy = starting_policy(c.model, c, question, ranks)
     policy.model.to(ranks.device)
-    if not c.two_stage:  # the sketches are the answers
+    # the sketches are the answers
+    if not c.two_stage:
         c = filled(c, max_sketch_tokens=c.max_new_tokens)
     n, explorer = c.num_sketches, policy.explorer(question)
-    plan = plan_of(c, policy.token_limits(c), c.temperature, c.top_p, method="sesa", group_size=n)
-    iid = ask(explorer, dataclasses.replace(plan, method="grpo"), c.seed)
-    width, places = max(16, shutil.get_terminal_size().columns // 2 - 4), count()
+    plan = plan_of(c, policy.token_limits(c), c.temperature, method="sesa", group_size=n)
+    iid = ask(explorer, replace(plan, method="grpo"), c.seed)
+    width = max(16, shutil.get_terminal_size().columns // 2 - 4)
+    places = cycle(enumerate(iid, 1))
 
     def beside(text: str) -> None:
-        i = next(places) % n
-        print(f"{i + 1:3}  {one_line(text, width):{width}} {one_line(iid[i]['text'], width)}", flush=True)
+        i, other = next(places)
+        both = (one_line(line, width).ljust(width) for line in (text, other["text"]))
+        print(f"{i:3} ", *both, flush=True)
 
     if not c.json:
         print(f"     {'in sequence':{width}} i.i.d.")
         explorer.drawn = beside
     found = dict(sequential=ask(explorer, plan, c.seed), iid=iid)
-    different = {kind: len({a["key"] for a in answers} - {None}) for kind, answers in found.items()}
+    different = {way: len({a["key"] for a in found[way]} - {None}) for way in found}
     if c.json:
         given = dict(question=question.text, model=c.model, seed=c.seed, different=different)
         return print(json_line(given | found), end="")
     for solution in found["sequential"] if c.two_stage else ():
         beside(solution["text"])
-    print(f"different: {different['sequential']} of {n} in sequence, {different['iid']} of {n} i.i.d.")
+    chain, alone = different.values()
+    print(f"different: {chain} of {n} in sequence, {alone} of {n} i.i.d.")
 
 
 def one_line(text: str, width: int) -> str:
@@ -1443,28 +1475,33 @@ def one_line(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-COLOURS = dict(hit=32, repeat=33, miss=2, invalid=31)  # of a terminal: green, yellow, faint, red
+DATA = Path(__file__).parent / "data"
+# of a terminal: green, yellow, faint, red
+COLOURS = dict(hit=32, repeat=33, miss=2, invalid=31)
 
 
 def in_colour(record: dict) -> str:
     """A record of samples.jsonl for a terminal: the guesses of a chain, or each sketch (or answer) -> its reward."""
     shown = []
     for solution in record["solutions"]:
-        for text, mark, reward in zip(solution["text"], solution["mark"], solution["reward"], strict=False):
-            text = f"{one_line(solution['sketch'] or text, 60)} -> {reward:.2g}"
-            shown.append(f"\033[{COLOURS[mark]}m{text}\033[0m")
+        parts = (solution[name] for name in ("text", "mark", "reward"))
+        for text, mark, reward in zip(*parts, strict=False):
+            text = one_line(solution["sketch"] or text, 60)
+            shown.append(f"\033[{COLOURS[mark]}m{text} -> {reward:.2g}\033[0m")
     return f"step {record['step']}, {one_line(record['problem'], 60)}: " + " | ".join(shown)
 
 
 def write_rollouts(folder: Path) -> None:
     """figures/rollouts.html: what was sampled over the run, in one page; no text in it can end the script it is in."""
-    page = (Path(__file__).parent / "data" / "rollouts.html").read_text(encoding="utf-8")
+    page, file = DATA / "rollouts.html", folder / "figures" / "rollouts.html"
     records = json.dumps(read_rows(folder / "samples.jsonl")).replace("<", "\\u003c")
-    (folder / "figures").mkdir(exist_ok=True)
-    (folder / "figures" / "rollouts.html").write_text(page.replace("@@RECORDS@@", records), encoding="utf-8")
+    text = page.read_text(encoding="utf-8").replace("@@RECORDS@@", records)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
-ASIDE = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}  # flags in which runs may differ and be alike
+# flags in which runs may differ and be alike
+ASIDE = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}
 
 
 def compare(config: Config) -> None:
@@ -1478,14 +1515,16 @@ def compare(config: Config) -> None:
         kept = {name: value for name, value in (standard | flags).items() if name not in ASIDE}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
     flags = [json.loads(key) for key in groups]
-    differ = [name for name in flags[0] if any(other.get(name) != flags[0][name] for other in flags)]
-    labels = [" ".join(f"{name}={f.get(name)}" for name in differ) or f"{f['task']} {f['method']}" for f in flags]
+    differ = [name for name in flags[0] if any(f.get(name) != flags[0][name] for f in flags)]
+    shown = differ or ["task", "method"]
+    labels = [" ".join(f"{name}={f.get(name)}" for name in shown) for f in flags]
     groups = dict(zip(labels, groups.values(), strict=True))
     title = draw(groups, path)
     names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
     print(("{:>11}" * 8).format("seeds", *names))
     for label, runs in groups.items():
-        ends = [dict(item for row in rows for item in row.items() if item[1] is not None) for rows in runs]
+        # of each run the last values that are known
+        ends = [{n: row[n] for row in rows for n in names if row.get(n) is not None} for rows in runs]
         means = [fmean(end.get(name, math.nan) for end in ends) for name in names]
         print(f"{len(runs):11}" + "".join(f"{mean:11.4g}" for mean in means), "", label)
     print(f"iid, sequential: {title}; the picture is {path}")
@@ -1509,7 +1548,8 @@ def reporting(config: Config, step: int) -> Iterator[Callable[[dict, Sequence[di
             flags = {flag: str(value) for flag, value in vars(config).items()}
             writer.add_hparams(flags, {}, run_name=".")
             yield log
-    else:  # these two have one interface, but for wandb's id, by which it knows a run
+    else:
+        # These two have one interface, but for wandb's id, by which it knows a run.
         tracker, own = importlib.import_module(name), config.output_dir.strip("./").replace("/", "-")
         known = dict(name=own, id=own) if name == "wandb" else dict(name=own)
 
@@ -1532,49 +1572,50 @@ def flat(row: dict, above: str = "") -> dict[str, float]:
     found = {}
     for name, value in row.items():
         path = above[:-2] + name if above.endswith("@k/") else above + name
-        found |= flat(value, path + "/") if isinstance(value, dict) else {} if value is None else {path: value}
+        if isinstance(value, dict):
+            found |= flat(value, path + "/")
+        elif value is not None:
+            found[path] = value
     return found
 
 
 def model_card(run: Run, state: dict) -> str:
     """README.md of a checkpoint, from data/model_card.md."""
     c, usual = run.config, vars(Config())
-    given = {f"--{name}": value for name, value in vars(c).items() if name not in ASIDE and value != usual[name]}
-    given = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in given.items()}
+    given = {n: v for n, v in vars(c).items() if n not in ASIDE and v != usual[n]}
+    given = {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in given.items()}
     hub = c.model != "tiny" and not Path(c.model).exists()
-    base, last = (brief(state[which], c.num_sketches) for which in ("base", "last"))
-    rows = [f"| {name} | {base.get(name, math.nan):.3f} | {value:.3f} |" for name, value in last.items()]
-    template = Path(__file__).parent / "data" / "model_card.md"
-    return template.read_text(encoding="utf-8").format(
-        **vars(c) | state,
-        base_model=f"base_model: {c.model}\n" if hub else "",
-        given=" ".join(f"{name} {value}" for name, value in given.items()),
-        asked="--two_stage" * run.task.two_stage,
-        measures="\n".join(rows),
-    )
+    measures = progress(state, c.num_sketches)
+    rows = [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in measures]
+    template = (DATA / "model_card.md").read_text(encoding="utf-8")
+    flags = " ".join(f"--{name} {value}" for name, value in given.items())
+    told = dict(base_model=f"base_model: {c.model}\n" if hub else "", given=flags)
+    told |= dict(asked="--two_stage" * run.task.two_stage, measures="\n".join(rows))
+    return template.format(**vars(c) | state | told)
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
     """--push_to_hub: the best checkpoint that was kept, without what training would go on from."""
     from huggingface_hub import HfApi
 
-    kept = folder.checkpoints()
-    path, api = folder.checkpoint(best if best in kept else kept[-1]), HfApi()
+    kept, api = folder.checkpoints(), HfApi()
+    path = folder.checkpoint(best if best in kept else kept[-1])
     try:
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=path, ignore_patterns=["training_state/*"])
-    except Exception as error:  # no network, no rights, no such owner: whatever it raises
-        raise UserError(f"--push_to_hub {name}: {first_line(error)}; the checkpoint is in {path}") from None
+    # no network, no rights, no such owner: whatever it raises
+    except Exception as error:
+        problem = f"{line_of(error)}; the checkpoint is in {path}"
+        raise UserError(f"--push_to_hub {name}: {problem}") from None
     print(f"  {path} is at {name}")
 
 
 @contextmanager
 def patience(doing: str) -> Iterator[None]:
     """Says what is being waited for, where that takes over two seconds."""
-    first = os.environ.get("RANK", "0") == "0"
     timer = threading.Timer(2.0, tqdm.write, [f"{doing} ..."], dict(file=sys.stderr))
     timer.daemon = True
-    if first:
+    if environ("RANK") == 0:
         timer.start()
     try:
         yield
@@ -1588,34 +1629,33 @@ def patience(doing: str) -> Iterator[None]:
 
 def describe(config: Config, task: tasks.Task) -> None:
     """--dry_run: every value, and the sizes that follow from them."""
-    name, ranks = config.model, int(os.environ.get("WORLD_SIZE", 1))
-    policy = tiny_policy(config, task) if name == "tiny" else load_policy(name, task, config.prompts, weights=False)
-    limits, answers, k = policy.token_limits(config), group_answers(config), config.num_sketches
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    config = filled(config, micro_batch_tokens=fitting_tokens(policy.model, config, on_gpu))
-    solution, drafts = limits["sketch"], 0
-    if task.two_stage:
-        solution, drafts = limits["solution"] * task.max_turns, k * limits["sketch"] * (config.method == "sesa")
-    tokens = config.problems_per_step * (answers * solution + drafts)
-    sizes = dict(
-        ranks=ranks,
-        answers_per_step=config.problems_per_step * answers,
-        most_tokens_per_step=tokens,
-        updates=config.steps * config.minibatches,
-        floor=task.floor(),
-        ceiling=task.ceiling(),
-    )
-    for name, value in (vars(config) | sizes).items():
+    c, ranks, chains = config, environ("WORLD_SIZE", 1), chain_credit(config, task)
+    if c.model == "tiny":
+        policy = tiny_policy(c, task)
+    else:
+        policy = load_policy(c.model, task, c.prompts, weights=False)
+    limits, answers = policy.token_limits(c), c.problems_per_step * group_answers(c)
+    longest = longest_answer(limits, task)
+    tokens = answers * longest
+    if c.method == "sesa" and not chains:
+        tokens += c.problems_per_step * c.num_sketches * limits["sketch"]
+    on_gpu = torch.cuda.is_available() and c.device != "cpu"
+    c = filled(c, micro_batch_tokens=fitting_tokens(policy.model, c, on_gpu))
+    sizes = dict(ranks=ranks, answers_per_step=answers, most_tokens_per_step=tokens)
+    sizes |= dict(updates=c.steps * c.minibatches, floor=task.floor(), ceiling=task.ceiling())
+    for name, value in (vars(c) | sizes).items():
         print(f"  {name:24}{value}")
-    longest = solution * k if chain_credit(config, task) else solution
-    parts = memory(policy.model, config, tokens, longest, ranks, on_gpu)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    longest *= c.num_sketches if chains else 1
+    parts = memory(policy.model, c, tokens, longest, ranks, on_gpu)
+    pages = os.sysconf("SC_PHYS_PAGES") // environ("LOCAL_WORLD_SIZE", 1)
+    there = os.sysconf("SC_PAGE_SIZE") * pages
     if on_gpu:
         there = torch.cuda.get_device_properties(0).total_memory
+    together = sum(parts.values())
     print("memory of each rank, GB")
-    for name, size in (parts | dict(together=sum(parts.values()), there_are=there)).items():
+    for name, size in (parts | dict(together=together, there_are=there)).items():
         print(f"  {name:24}{size / 1e9:.3f}")
-    if sum(parts.values()) > there:
+    if together > there:
         print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
@@ -1629,12 +1669,14 @@ def memory(model: nn.Module, config: Config, tokens: int, longest: int, ranks: i
     kept, cached, logits = token_bytes(model, config, on_gpu)
     return dict(
         weights=share,
-        gradients=weights if ranks > 1 else share,  # whole until the last micro-batch shares them out
+        # whole until the last micro-batch shares them out
+        gradients=weights if ranks > 1 else share,
         optimizer=2 * share,
         rollout_copy=weights / half if ranks > 1 or on_gpu else 0,
         reference=share if config.kl_coef or config.kl_coef_end else 0,
         cache=min(tokens / ranks * cached, 1e9 * (config.cache_gb or math.inf)),
-        activations=max(config.micro_batch_tokens, longest) * kept + logits,  # a row is never cut
+        # a row is never cut
+        activations=max(config.micro_batch_tokens, longest) * kept + logits,
     )
 
 
@@ -1648,7 +1690,8 @@ def token_bytes(model: nn.Module, config: Config, on_gpu: bool) -> tuple[int, in
     keys *= getattr(shape, "num_key_value_heads", None) or heads
     layer = 8 * width + 4 * inner + 2 * keys
     kept = layers * width + layer if config.gradient_checkpointing else layers * layer
-    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)  # as kernels.py cuts them
+    # as kernels.py cuts them
+    chunk = 4096 if on_gpu else max(512, 2**21 // vocabulary)
     return 4 * kept, (2 if on_gpu else 4) * 2 * keys * layers, 12 * chunk * vocabulary
 
 
@@ -1669,33 +1712,39 @@ def show(config: Config, task: tasks.Task) -> None:
         print(f"--- prompt '{name}'\n{text}\n")
 
 
-def brief(evaluation: dict | None, size: int) -> dict[str, float]:
-    """The measures of an evaluation that a person asks for first; {} without one."""
-    if not evaluation:
-        return {}
+def brief(evaluation: dict, size: int) -> dict[str, float]:
+    """The measures of an evaluation that a person asks for first."""
     known = sesa.measures(evaluation)
-    values = {f"{name}, i.i.d.": known[name] for name in ("success", "valid")}
     part = "unique_at_k" if known["coverage"] else "pass_at_k"
+    measures = {f"{name}, i.i.d.": known[name] for name in ("success", "valid")}
     for kind, counts in known[part].items():
         shown = [k for k in counts if int(k) in (1, size, 320)] or list(counts)[:1]
-        values |= {f"{part.replace('_', ' ')} {k}, {kind}": counts[k] for k in shown}
-    return values
+        measures |= {f"{part} {k}, {kind}": counts[k] for k in shown}
+    return measures
 
 
-def report(summary: dict, config: Config) -> None:
+def progress(state: dict, size: int) -> list[tuple[str, float, float]]:
+    """(measure, before, after) of a run, as far as it was evaluated."""
+    base, last = (brief(e, size) if e else {} for e in (state["base"], state["last"]))
+    return [(name, base.get(name, math.nan), after) for name, after in last.items()]
+
+
+def report(run: Run, state: dict) -> None:
     """The last lines of a run: before and after."""
-    print(f"\n{config.task}, {config.method}, {summary['steps']} steps in {summary['seconds']:.0f} s:")
-    known = dict(floor=summary["floor"], ceiling=summary["ceiling"])  # of a random policy, of a solver
-    bounds = ", ".join(f"{name} {value:.3f}" for name, value in known.items() if value is not None)
-    base, last = (brief(summary[name], config.num_sketches) for name in ("base_evaluation", "evaluation"))
-    for name, after in last.items():
-        beside = f"  ({bounds})" if name.startswith("success") and bounds else ""
-        print(f"  {name:28} {base.get(name, math.nan):6.3f} -> {after:.3f}{beside}")
-    print(f"  everything is in {config.output_dir}/")
+    c, task = run.config, run.task
+    print(f"\n{c.task}, {c.method}, {state['step']} steps in {state['seconds']:.0f} s:")
+    for name, before, after in progress(state, c.num_sketches):
+        print(f"  {name:28} {before:6.3f} -> {after:.3f}")
+    # of a random policy, of a solver
+    for name, success in dict(floor=task.floor(), ceiling=task.ceiling()).items():
+        if success is not None:
+            print(f"  {name:28} {success:6.3f}")
+    print(f"  everything is in {c.output_dir}/")
 
 
 def main(config: Config) -> None:
-    transformers.utils.logging.disable_progress_bar()  # for every load and save
+    # for every load and save
+    transformers.utils.logging.disable_progress_bar()
     # one process, as wanted; the new name is not yet in every version that we take
     warnings.filterwarnings("ignore", "torch.distributed is disabled|`gradient_checkpointing_enable` is deprecated")
     with user_errors():
@@ -1705,7 +1754,7 @@ def main(config: Config) -> None:
         config = resolve(config, task)
         if config.dry_run or config.show:
             look = describe if config.dry_run else show
-            return look(config, task) if os.environ.get("RANK", "0") == "0" else None
+            return look(config, task) if environ("RANK") == 0 else None
         folder = RunFolder(config, Ranks.start(config.device))
     with closing(folder):
         work(config, task, folder)
@@ -1713,30 +1762,30 @@ def main(config: Config) -> None:
 
 def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
     """All of a run: from its folder, and to it."""
-    ranks, path = folder.ranks, folder.path
+    ranks, path, first = folder.ranks, folder.path, folder.ranks.rank == 0
     with user_errors():
         torch.manual_seed(config.seed)
         state = ranks.first(folder.open)
         run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
-        run.explorer.check_problems(run.problems, run.plan(config.temperature))
-        if state is None:  # nothing is written before all that can be wrong with the input has been seen
+        run.explorer.check_problems(run.problems, run.plan)
+        if state is None:
             began, base = time.perf_counter(), evaluate(run) if config.eval_first else None
-            state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0, base=base, last=base)
-            state["seconds"] = time.perf_counter() - began
+            state = dict(step=0, generated_tokens=0, found=[], best_step=0, best=-1.0)
+            state |= dict(base=base, last=base, seconds=time.perf_counter() - began)
         else:
             run.load(folder.checkpoint(state["step"]))
+        # Nothing is written before all that can be wrong with the input has been seen.
         ranks.first(lambda: folder.start(state["step"]))
     if not config.eval_only:
-        reported = config if ranks.rank == 0 else dataclasses.replace(config, report_to="none")
+        reported = config if first else replace(config, report_to="none")
         with reporting(reported, state["step"]) as log:
             run.train(folder, state, log)
-    if ranks.rank == 0:
-        summary = run.summary(state)
-        (path / "summary.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1))
+    if first:
+        write_json(path / "summary.json", run.summary(state))
         levels = () if task.targets else (task.floor(), task.ceiling())
         draw({config.method: [read_run(path)[1]]}, path / "figures" / "training.png", levels)
         write_rollouts(path)
-        report(summary, config)
+        report(run, state)
         if config.push_to_hub:
             push(config.push_to_hub, folder, state["best_step"])
 
@@ -1746,7 +1795,7 @@ def start(config: Config) -> None:
     try:
         main(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if environ("RANK") == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -681,7 +681,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
     config = train.resolve(Config(task=name, task_options=(options,), warm_start_steps=500), task)
     policy = train.starting_policy("tiny", config, task, train.Ranks(0, 1, torch.device("cpu")))
     explorer, problems = policy.explorer(task), [task.problems("validation", 0)[i] for i in range(128)]
-    plan = train.plan_of(config, policy.token_limits(config), 1.0, 1.0, num_solutions=4)
+    plan = train.plan_of(config, policy.token_limits(config), 1.0, num_solutions=4)
     rng = random.Random(0)
     written = [explorer.chat.encode(task.demonstrate(problem, rng).sketches[0]) for problem in problems]
     drafts = [Completion(ids + policy.stop_ids[:1], [], "stop") for ids in written]
