@@ -15,7 +15,7 @@ import train
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
-MOST_LINES = 3_723  # a ratchet: the design allows 3,400
+MOST_LINES = 3_716  # a ratchet: the design allows 3,400
 MODULES = ("sesa", "train", "rl", "sampler", "kernels", "tasks")
 
 
@@ -38,7 +38,7 @@ def test_lines_of_code():
     assert stated == {name: lines for name, (lines, _) in counts.items()}
     total, characters = (sum(column) for column in zip(*counts.values(), strict=True))
     assert f"Together {total:,} lines of code" in README
-    assert total <= MOST_LINES and characters / total <= 48
+    assert total <= MOST_LINES and characters / total <= 47
 
 
 def test_the_readme_is_short():
