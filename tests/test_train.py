@@ -666,7 +666,7 @@ GOLDEN = [
 
 @pytest.mark.slow
 def test_a_short_warm_start_beats_the_random_policy(tmp_path):
-    """A fifth of the default's steps; experiments/tasks.md has all tasks after the whole of it."""
+    """A fifth of the default's steps; experiments/tasks.py begins after the whole of it."""
     options = dict(task="frozenlake", task_options=("slippery=false",), warm_start_steps=300, num_sketches=2)
     out = run(tmp_path / "run", **options, eval_only=True, eval_problems=256, eval_samples=8, eval_k=(1,))
     summary = json.loads((out / "summary.json").read_text())
