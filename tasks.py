@@ -603,7 +603,7 @@ class Grid(Task):
         """A shortest way, planned anew each turn; the sketches are of this plan, then of others, good and bad."""
         board, start, _ = problem.data
         plans = [self.plan(board, start, rng) for _ in range(6)]
-        wild = [rng.choices(range(4), k=rng.randint(3, self.max_actions)) for _ in range(6)]
+        wild = [rng.choices(range(4), k=rng.randint(min(3, self.max_actions), self.max_actions)) for _ in range(6)]
         sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
         # on slippery ice as few actions a turn as use up all of them
         certain = len(self.moves(board, start, 0)) == 1

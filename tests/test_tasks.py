@@ -495,6 +495,14 @@ def test_turns_of_an_agent():
     )
 
 
+@pytest.mark.parametrize("name", ["frozenlake", "sokoban"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_grid_that_allows_one_or_two_actions_has_demonstrations(name, most):
+    task = make_task(name, max_actions=most)
+    shown = next(task.demonstrations(random.Random(0)))
+    assert play(task, shown.problem, shown.turns).success
+
+
 def test_frozenlake_has_gymnasiums_transitions():
     toy_text = pytest.importorskip("gymnasium.envs.toy_text.frozen_lake")
     for slippery, size in product([True, False], [4, 5]):
