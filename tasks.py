@@ -941,7 +941,7 @@ class Records(Task):
     sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        self.judge = Judge("math")
+        self.judge = Judge()
         if self.exact:
             self.name = f"jsonl-{Path(self.train).stem}"
         else:
@@ -985,51 +985,50 @@ class Records(Task):
         return Demonstration(problem, [sketch], [write_answer(answer, worked, form)])
 
 
-# ------------------------------------------------------------------ verifiers of other libraries, in a killable process
+# ------------------------------------------------------------- equivalent expressions, judged in a killable process
 
 
 class Judge:
-    """A helper process for verifiers whose running time nobody bounds; load_judge(*setup) makes the verifier there.
+    """A helper process for math-verify, whose running time nobody bounds.
 
     The process imports the library once and forks for each question; the kernel's timers kill a fork that takes longer
-    than its limits, whatever it is doing, and a limit on its memory stops the other kind of bomb. The score, in
-    hundredths, is the exit code.
+    than its limits, whatever it is doing; a limit on its memory stops the other kind of bomb. The exit code is the verdict.
     """
 
     # seconds of computing, seconds in all, bytes
     TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
 
-    def __init__(self, *setup: str):
-        self.setup, self.process = setup, None
+    def __init__(self):
+        self.process = None
 
-    def ask(self, *question: Any) -> float:
-        """The score of a question, 0 if it was not found in time."""
+    def ask(self, right: str, answer: str) -> bool:
+        """Are they equivalent? False if that was not found in time."""
         # started when first needed
         if self.process is None:
-            command = [sys.executable, __file__, *self.setup]
+            command = [sys.executable, __file__]
             self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
         with suppress(OSError, ValueError):
-            print(json.dumps(question), file=self.process.stdin, flush=True)
-            return int(self.process.stdout.readline()) / 100
+            print(json.dumps([right, answer]), file=self.process.stdin, flush=True)
+            return int(self.process.stdout.readline()) == 1
         self.process.kill()
         self.process = None
-        return 0.0
+        return False
 
 
-def serve_judge(*setup: str):
-    """The loop of the helper process: a question as a JSON list per line in, a score from 0 to 100 per line out."""
+def serve_judge():
+    """The loop of the helper process: two answers as a JSON list per line in, 1 or 0 per line out."""
     import resource
 
     # libraries may print
     replies, sys.stdout = sys.stdout, sys.stderr
-    judge = load_judge(*setup)
+    equivalent = load_judge()
     for line in sys.stdin:
         if not (child := os.fork()):
             try:
                 resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
                 signal.setitimer(signal.ITIMER_PROF, Judge.TIME_LIMIT)
                 signal.alarm(Judge.WAIT_LIMIT)
-                os._exit(round(100 * min(1.0, max(0.0, judge(*json.loads(line))))))
+                os._exit(equivalent(*json.loads(line)))
             finally:
                 # no clean-up and no traceback: this is a copy of the server
                 os._exit(0)
@@ -1037,12 +1036,7 @@ def serve_judge(*setup: str):
         print(max(0, status), file=replies, flush=True)
 
 
-def load_judge(library: str, *config: str) -> Callable:
-    if library == "gym":
-        from reasoning_gym import create_dataset
-
-        dataset = create_dataset(config[0], **json.loads(config[1]))
-        return lambda index, answer: dataset.score_answer(answer, dataset[index])
+def load_judge() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
@@ -1050,27 +1044,22 @@ def load_judge(library: str, *config: str) -> Callable:
 
     def equivalent(*answers):
         sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
-        return float(all(sides) and verify(*sides, timeout_seconds=None))
+        return all(sides) and verify(*sides, timeout_seconds=None)
 
     # fills the caches of the parser before the first fork
     equivalent("\\frac{1}{2}", "0.5")
     return equivalent
 
 
-def executes_text(cls: type) -> str | None:
-    """The first call in the modules behind a reasoning-gym data set that runs text as a program, or None."""
-    runs = r"(?<![\w.])(?:eval|exec|compile|__import__)\(|\b(?:parse_expr|sympify)\b|class CompositeDataset"
-    near = [vars(sys.modules[base.__module__]) for base in cls.__mro__]
-    used = {getattr(value, "__module__", None) for module in near for value in module.values()}
-    for name in sorted(name for name in used if str(name).startswith("reasoning_gym.")):
-        if call := re.search(runs, inspect.getsource(sys.modules[name])):
-            return f"{call[0].rstrip('(')} in {name}"
+# --------------------------------------------------------------------------------------------------------- reasoning-gym
 
 
 @dataclass
 class Gym(Task):
-    """A data set of reasoning-gym, scored by its own verifier in a killable process. Its options are those of the data
-    set. One whose code may run text as a program is refused. There is no closed vocabulary for the tiny policy.
+    """A data set of reasoning-gym; its options are those of the data set. There is no closed vocabulary for tiny.
+
+    Right is the data set's own answer, case and spacing aside, even where others would do: some of its verifiers run
+    what they are given as a program, so none of them is used.
     """
 
     source: str
@@ -1083,12 +1072,8 @@ class Gym(Task):
         self.name, asked = f"gym-{self.source}", f"gym:{self.source}"
         if self.source not in DATASETS:
             raise ValueError(f"task {asked}: must be one of gym: {', '.join(sorted(DATASETS))}")
-        cls, config_cls = DATASETS[self.source]
-        if reason := executes_text(cls):
-            raise ValueError(f"task {asked}: refused, for its code may run text as a program ({reason})")
         # the size is for both splits; some data sets make all their problems at the start
-        options = dict(seed=0, size=20_000) | check_options(asked, config_cls, self.config)
-        self.judge = Judge("gym", self.source, json.dumps(options))
+        options = dict(seed=0, size=20_000) | check_options(asked, DATASETS[self.source][1], self.config)
         try:
             self.dataset = create_dataset(self.source, **options)
         except Exception as error:
@@ -1096,21 +1081,15 @@ class Gym(Task):
             raise ValueError(f"task {asked} with {options}: {error}") from None
 
     def draw(self, rng, keep):
-        index = rng.randrange(len(self.dataset))
-        entry = self.dataset[index]
-        if keep(entry["question"]):
-            return entry["question"], (index, entry["answer"])
+        entry = self.dataset[rng.randrange(len(self.dataset))]
+        return (entry["question"], str(entry["answer"])) if keep(entry["question"]) else None
 
     def score(self, data, text):
-        index, right = data
-        answer = extract_answer(text)
-        # an empty answer needs no judge: its key is empty
-        reward = answer in ("", right) or self.judge.ask(index, answer)
-        return judged(" ".join(answer.split()), reward)
+        key = plain_text(extract_answer(text))
+        return judged(key, key == plain_text(data))
 
     def demonstrate(self, problem, rng):
-        """The reference answer; a few data sets have none, and no demonstration of theirs succeeds."""
-        return Demonstration(problem, ["answer directly"], [write_answer(problem.data[1])])
+        return Demonstration(problem, ["answer directly"], [write_answer(problem.data)])
 
 
 # ---------------------------------------------------------------------------------------------------------- make a task
@@ -1178,4 +1157,4 @@ def show(task: Task, n: int = 3, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    serve_judge(*sys.argv[1:])
+    serve_judge()

@@ -223,16 +223,13 @@ def test_hostile_strings_against_math_and_its_judge(math_task, tmp_path):
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "name, n",
-    [("decimal_arithmetic", 100)] + [pytest.param(name, 1000, marks=slow) for name in ("jugs", "rush_hour", "gcd")],
-)
-def test_hostile_strings_against_reasoning_gym(name, n, tmp_path):
+@pytest.mark.parametrize("name", ["decimal_arithmetic", "countdown", "puzzle24", "polynomial_multiplication"])
+def test_hostile_strings_against_reasoning_gym(name, tmp_path, monkeypatch):
+    """Some of these sets have verifiers that run text as a program: they are never asked."""
     pytest.importorskip("reasoning_gym")
-    task = make_task(f"gym:{name}")
-    task.judge.ask(0, "1")
-    attack(task, n, tmp_path / "flag", 2.5, time.monotonic, giants=3)
-    task.judge.process.kill()
+    task = make_task(f"gym:{name}", size=50)
+    monkeypatch.setattr(type(task.dataset), "score_answer", lambda *_: pytest.fail("a verifier of theirs was asked"))
+    attack(task, 1000, tmp_path / "flag", 0.05)
 
 
 def test_an_answer_over_4_kb_is_invalid_unread():
@@ -772,42 +769,38 @@ def test_the_judge_kills_what_takes_too_long_and_recovers(math_task):
     assert judge.ask("\\sqrt{8}", "2\\sqrt{2}") == 1.0 and judge.process.pid == helper  # only forks were killed
     judge.process.kill()
     judge.process.wait()
-    assert judge.ask("1", "1") == 0.0  # the helper was lost: this answer is, too
+    assert not judge.ask("1", "1")  # the helper was lost: this answer is, too
     assert judge.ask("\\sqrt{8}", "2\\sqrt{2}") == 1.0
+
+
+def test_the_judge_kills_what_only_waits():
+    """No verifier of ours does; the clock of the wall is for those that would."""
+    serve = "import tasks, time; tasks.Judge.WAIT_LIMIT = 1; tasks.load_judge = lambda: lambda *_: time.sleep(60); tasks.serve_judge()"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", serve], input='["1", "1"]\n', capture_output=True, text=True, timeout=30)
+    assert done.stdout == "0\n" and time.monotonic() - start < 10
 
 
 # ---------------------------------------------------------------------------------------------------------- reasoning-gym
 
 
-@pytest.mark.parametrize(
-    "name", ["codeio", "countdown", "composite", "binary_matrix", "polynomial_multiplication", "puzzle24"]
-)
-def test_data_sets_that_execute_text_are_refused(name):
+@pytest.mark.parametrize("name", ["word_sorting", "knights_knaves", "codeio"])
+def test_right_is_the_answer_of_the_data_set(name):
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(ValueError, match="refused, for its code may run text as a program .* in reasoning_gym"):
-        make_task(f"gym:{name}")
-
-
-@pytest.mark.parametrize("name", ["word_sorting", "knights_knaves"])
-def test_reasoning_gym_scores_with_its_own_verifier(name):
-    pytest.importorskip("reasoning_gym")
-    task = make_task(f"gym:{name}")
+    task = make_task(f"gym:{name}", size=200)
     train, validation = first(task, 30, "train"), first(task, 30)
     assert {p.text for p in train}.isdisjoint(p.text for p in validation)
     assert all(play(task, p, task.demonstrate(p, None).turns).success for p in train)
-    wrong = [play(task, p, ["<answer> surely not </answer>"]) for p in train[:5]]
-    assert not any(outcome.success for outcome in wrong) and all(outcome.reward < 0.5 for outcome in wrong)
-    task.judge.process.kill()
+    assert play(task, train[0], [f"<answer>  {train[0].data.upper()} </answer>"]).success
+    for problem in train[:5]:
+        wrong = play(task, problem, ["<answer> surely not </answer>"])
+        assert (wrong.reward, wrong.success, wrong.valid) == (0.0, False, True)
 
 
-def test_reasoning_gym_takes_equivalent_answers_and_options(capsys):
+def test_options_of_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     task = make_task("gym:fraction_simplification", min_value="2", max_value=30)
-    problem = first(task, 1)[0]
-    reference = task.dataset.score_answer(problem.data[1], task.dataset[problem.data[0]])
-    assert reference == play(task, problem, [f"<answer>{problem.data[1]}</answer>"]).reward == 1.0
-    assert task.judge.ask(problem.data[0], problem.data[1]) == 1.0
-    task.judge.process.kill()
+    assert (task.dataset.config.min_value, task.dataset.config.max_value) == (2, 30)
     for options, text in (
         ({"nonsense": 1}, "has no option 'nonsense'"), ({"min_value": "x"}, "must be int"),
         ({"min_value": -5}, "with"),
