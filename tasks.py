@@ -992,7 +992,7 @@ class Judge:
     """A helper process for math-verify, whose running time nobody bounds.
 
     The process imports the library once and forks for each question; the kernel's timers kill a fork that takes longer
-    than its limits, whatever it is doing; a limit on its memory stops the other kind of bomb. The exit code is the verdict.
+    than its limits, whatever it is doing; a limit on memory stops the other kind of bomb. Its exit code is the verdict.
     """
 
     # seconds of computing, seconds in all, bytes
@@ -1051,7 +1051,7 @@ def load_judge() -> Callable[[str, str], bool]:
     return equivalent
 
 
-# --------------------------------------------------------------------------------------------------------- reasoning-gym
+# ------------------------------------------------------------------------------------------------------ reasoning-gym
 
 
 @dataclass
