@@ -171,6 +171,54 @@ def test_defaults_follow_what_is_given():
     assert train.resolve(Config(), task).kl_coef_end == 0.02 < train.resolve(Config(), task).kl_coef
     assert train.resolve(Config(kl_coef=0.0), task).kl_coef_end == 0.0
     assert train.resolve(Config(eval_k=(20, 100), eval_samples=100), task).eval_k == (20, 100)
+    chains, grpo = train.resolve(Config(), task), train.resolve(Config(method="grpo"), task)
+    assert (chains.sketch_context, chains.distill_coef, chains.repeats, chains.rarity) == ("distill", 0.3, "zero", 0.5)
+    assert (grpo.repeats, grpo.rarity, grpo.advantage_scale) == ("full", 0.0, "std")
+    assert train.resolve(Config(task="countdown"), tasks.make_task("countdown")).sketch_context == "is"
+
+
+@pytest.fixture
+def rollouts(monkeypatch) -> list[tuple]:
+    """(plan, groups) of every rollout."""
+    seen, rollout = [], sesa.Explorer.rollout
+    monkeypatch.setattr(
+        sesa.Explorer, "rollout",
+        lambda self, placed, plan, seed: seen.append((plan, rollout(self, placed, plan, seed))) or seen[-1][1],
+    )  # fmt: skip
+    return seen
+
+
+def test_an_evaluation_has_a_temperature_of_its_own_and_the_nucleus(toys, tmp_path, rollouts):
+    given = dict(eval_temperature=0.7, temperature=1.3)
+    run(tmp_path / "run", **toys["letters"] | given | dict(steps=1, eval_first=False))
+    drawn = [(plan.method, plan.sketch_params.temperature, plan.solution_params.temperature) for plan, _ in rollouts]
+    assert drawn == [("sesa", 1.3, 1.3), ("grpo", 0.7, 0.7), ("sesa", 0.7, 0.7)]
+    rollouts.clear()
+    run(tmp_path / "only", **toys["talk"] | given | dict(eval_only=True, top_p=0.5, eval_k=(1,)))
+    assert [(p.sketch_params.top_p, p.solution_params.top_p) for p, _ in rollouts] == [(0.5, 0.5)] * 2
+
+
+def test_windows_of_an_evaluation_in_sequence_begin_with_a_chain(toys, tmp_path, rollouts):
+    out = run(tmp_path / "run", **toys["letters"] | dict(eval_only=True, eval_k=(1, 2, 3, 4, 6)))
+    chains = [[o for o in group.outcomes()] for _, groups in rollouts[1:] for group in groups]
+    assert [len(chain) for chain in chains] == [4] * 5
+    evaluation = json.loads((out / "summary.json").read_text())["evaluation"]
+    for k in (1, 2, 3, 4):  # each chain's first k guesses
+        found = fmean(len({o.key for o in chain[:k] if o.success}) for chain in chains)
+        assert evaluation["sequential"]["unique@k"][str(k)] == pytest.approx(found)
+    pairs = [chains[i] + chains[i + 1][:2] for i in (0, 2)]
+    found = fmean(len({o.key for o in guesses if o.success}) for guesses in pairs)
+    assert evaluation["sequential"]["unique@k"]["6"] == pytest.approx(found)
+
+
+def test_what_takes_long_says_so_and_what_does_not_is_silent(monkeypatch, capsys):
+    timer = train.threading.Timer
+    monkeypatch.setattr(train.threading, "Timer", lambda wait, *args: timer(wait / 20, *args))
+    with train.patience("something short"):
+        pass
+    with train.patience("something long"):
+        time.sleep(0.3)
+    assert capsys.readouterr().err.splitlines() == ["something long ..."]
 
 
 def test_guesses_at_several_problems_are_evaluated_problem_by_problem(toys, tmp_path):
