@@ -1329,11 +1329,11 @@ def read_run(path: Path) -> tuple[dict, list[dict]]:
         seconds += row.get("step_time", 0)
         row |= dict(tokens=tokens, seconds=seconds)
         for kind, result in row.get("eval", {}).items():
-            row[kind] = found(result)[1]
+            row[kind] = right_answers(result)[1]
     return flags, rows
 
 
-def found(evaluation: dict) -> tuple[str, float]:
+def right_answers(evaluation: dict) -> tuple[str, float]:
     """Different right answers where the targets are known, else the share of success: (of what, how much)."""
     if "coverage" not in evaluation:
         return "validation success", evaluation["avg@n"]
@@ -1354,13 +1354,14 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
     figure = Figure(figsize=(13, 9), dpi=120, layout="constrained")
     axes = figure.subplots(3, 3)
     evaluations = [row["eval"] for runs in groups.values() for rows in runs for row in rows if row.get("eval")]
-    title = found(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
+    title = right_answers(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
     ways = dict(sequential="-", iid="--")
     panels = [(title, ways, across) for across in ("step", "tokens", "seconds")]
     for name in ("reward", "unique_success", "duplicate_rate", "entropy", "kl", "grad_norm"):
         panels.append((name, {name: "-"}, "step"))
     for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
         axis.set(title=name, xlabel=across)
+        axis.locator_params(nbins=6)
         for (i, runs), (column, style) in product(enumerate(groups.values()), columns.items()):
             known = [[r for r in rows if r.get(column) is not None] for rows in runs]
             seeds = [{r["step"]: (r[across], r[column]) for r in rows} for rows in known]
