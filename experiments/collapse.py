@@ -61,6 +61,10 @@ ARMS = {
         "grpo-unique": (f"{BASE} {GRPO} --repeats zero", "GRPO, a duplicate in the group earns 0", None),
         "grpo-both-std": (f"{BASE} {BOTH}", "GRPO, both of SESA's rewards, divided by the std", None),
         "grpo-both": (f"{BASE} {BOTH} --advantage_scale none", "GRPO, both of SESA's rewards, not divided", None),
+        "grpo-both-kl": (
+            f"{BASE} {BOTH} --advantage_scale none --kl_coef_end 0.1", "the same, KL 0.1 to the end", None),
+        "grpo-both-lr1e-4": (
+            f"{BASE} {BOTH} --advantage_scale none --learning_rate 1e-4", "the same, learning rate 1e-4", None),
         "grpo-no-kl": (f"{BASE} {GRPO} --kl_coef 0", "GRPO without a KL term", None),
     },
     "recover": {

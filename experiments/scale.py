@@ -177,6 +177,7 @@ class Collectives(TorchDispatchMode):
 FLAGS = dict(
     task="countdown", task_options=("difficulty=easy",), num_sketches=4, problems_per_step=8, steps=1, tiny_width=64,
     tiny_layers=4, warm_start_steps=0, eval_problems=1, eval_samples=1, eval_k=(1,), eval_every=0, kl_coef=0.1,
+    sketch_context="drop",  # "is" needs one more forward of the policy
 )  # fmt: skip
 
 
