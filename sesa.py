@@ -517,7 +517,7 @@ class Explorer:
         """As if the policy had been shown what follows its last turn, and had written the text."""
         self.show(trajectory, episode)
         ids = self.chat.encode(text) + self.chat.stop_ids[:1]
-        trajectory.wrote(Completion(ids, [], "stop"), text)
+        trajectory.wrote(Completion(ids, [0.0] * len(ids), "stop"), text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -746,15 +746,6 @@ def evaluation_metrics(
 def headline(evaluation: dict) -> float:
     """The one number by which checkpoints are compared: the better of the two ways of sampling."""
     return max(max(e["coverage"].values()) if "coverage" in e else e["avg@n"] for e in evaluation.values())
-
-
-def measures(evaluation: dict) -> dict:
-    """An evaluation in brief: reward, valid, success of the plain prompt; pass@k, unique@k, coverage of both ways."""
-    iid = evaluation["iid"]
-    brief = dict(reward=iid["reward"], valid=iid["valid"], success=iid["avg@n"])
-    for name in ("pass@k", "unique@k", "coverage"):
-        brief[name.replace("@", "_at_")] = {kind: e[name] for kind, e in evaluation.items() if name in e}
-    return brief
 
 
 def sample_record(step: int, group: Group) -> dict:

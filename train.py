@@ -617,27 +617,22 @@ def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> I
 
 
 def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.device) -> None:
-    """Maximum likelihood on the task's demonstrations."""
-    model = policy.model.to(device).train()
-    options = dict(betas=(0.9, 0.95), weight_decay=0.01)
+    """Maximum likelihood on the task's demonstrations: the update of a step, with advantage 1 for all of them."""
+    model, ranks = policy.model.to(device), Ranks(0, 1, device)
+    options, longest = dict(betas=(0.9, 0.95), weight_decay=0.01), model.config.max_position_embeddings
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     steps, batch = config.warm_start_steps, config.warm_start_batch
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
+    learn = Config(sketch_context="keep", loss_type="dapo", micro_batch_tokens=config.micro_batch_tokens)
     progress = tqdm(range(steps), desc="warm start", disable=None)
     for step in progress:
         # a demonstration is one row or more
-        taken = list(islice(rows, batch))
-        total, loss = sum(len(row.targets) for row in taken), 0.0
-        for micro in rl.micro_batches(taken, config.micro_batch_tokens):
-            part, _ = score(model, micro, device, lambda stats, n=total: -stats.logp.sum() / n)
-            part.backward()
-            loss += part.item()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        taken = [(0, row) for row in islice(rows, batch)]
         rate = rl.learning_rate(step, steps, min(50, steps), config.warm_start_lr, "cosine")
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss:.3f}")
+        metrics = update(model, None, taken, learn, optimizer, 0.0, longest, ranks)
+        # recited at log-prob 0
+        progress.set_postfix(loss=f"{-metrics['sampling/logp_shift']:.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -758,17 +753,15 @@ class Run:
 
     def tensors(self) -> dict:
         """What a checkpoint holds of this rank: its part of the weights and of the optimizer's moments, by name."""
-        return dict(zip(TENSORS, dcp_state.get_state_dict(self.model, self.optimizer), strict=True))
+        weights, moments = dcp_state.get_state_dict(self.model, self.optimizer)
+        return dict(model_state_dict=weights, optim_state_dict=moments)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever the number of ranks that wrote it."""
-        old = (folder / "training_state.pt").exists()
-        options = dcp_state.StateDictOptions(full_state_dict=old, strict=not old)
         try:
-            tensors = old_tensors(folder) if old else self.tensors()
-            if not old:
-                dcp.load(tensors, checkpoint_id=folder / "training_state")
-            dcp_state.set_state_dict(self.model, self.optimizer, **tensors, options=options)
+            tensors = self.tensors()
+            dcp.load(tensors, checkpoint_id=folder / "training_state")
+            dcp_state.set_state_dict(self.model, self.optimizer, **tensors)
         # A damaged file raises whatever the bytes lead to.
         except (Exception, dcp.CheckpointException) as error:
             raise damaged(folder, error) from None
@@ -791,8 +784,8 @@ class Run:
         result = dict(task=c.task, method=c.method, seed=c.seed, steps=state["step"])
         result |= dict(seconds=round(state["seconds"], 1), peak_rss_mb=round(memory))
         result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
-        result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
-        result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
+        result |= last["iid"] | dict(floor=task.floor(), ceiling=task.ceiling())
+        result |= dict(base=base and base["iid"], evaluation=last, base_evaluation=base)
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         return result | dict(versions=versions | dict(python=sys.version.split()[0]))
 
@@ -1057,32 +1050,12 @@ def damaged(folder: Path, error: BaseException) -> UserError:
     return UserError(f"{folder} is damaged ({line_of(error, -1)}): {remedy}")
 
 
-# what torch calls them
-TENSORS = ("model_state_dict", "optim_state_dict")
-
-
-def old_tensors(folder: Path) -> dict:
-    """`Run.tensors` from a checkpoint of the time before they were sharded: moments by number, weights tied."""
-    model, _ = load_pretrained(folder, weights=True)
-    _, saved = old_state(folder)
-    names = [name for name, _ in model.named_parameters()]
-    state = {names[i]: moments for i, moments in saved["state"].items()}
-    groups = [group | dict(params=names) for group in saved["param_groups"]]
-    both = model.state_dict(), dict(state=state, param_groups=groups)
-    return dict(zip(TENSORS, both, strict=True))
-
-
-def old_state(folder: Path) -> tuple[dict, dict]:
-    """(position, moments) from such a checkpoint."""
-    state = torch.load(folder / "training_state.pt", weights_only=True, map_location="cpu")
-    return state, state.pop("optimizer")
-
-
 def position(folder: Path) -> dict:
     """What a checkpoint holds beside tensors: where the run was, and its config."""
-    file = folder / "training_state" / "position.json"
+    if (folder / "training_state.pt").exists():
+        raise UserError(f"{folder} is of the first version: python experiments/upgrade.py {folder}")
     try:
-        return read_json(file) if file.exists() else old_state(folder)[0]
+        return read_json(folder / "training_state" / "position.json")
     # A damaged file raises whatever the bytes lead to.
     except Exception as error:
         raise damaged(folder, error) from None
@@ -1091,7 +1064,7 @@ def position(folder: Path) -> dict:
 class RunFolder:
     """What a run leaves behind. Only rank 0 looks and writes, but for the parts of a checkpoint."""
 
-    # Flags that may change when a run goes on. `graphs` is one of an earlier version.
+    # Flags that may change when a run goes on.
     FREE = """resume resume_auto output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device shard_ranks
         micro_batch_tokens report_to push_to_hub""".split()
 
@@ -1715,12 +1688,12 @@ def show(config: Config, task: tasks.Task) -> None:
 
 def brief(evaluation: dict, size: int) -> dict[str, float]:
     """The measures of an evaluation that a person asks for first."""
-    known = sesa.measures(evaluation)
-    part = "unique_at_k" if known["coverage"] else "pass_at_k"
-    measures = {f"{name}, i.i.d.": known[name] for name in ("success", "valid")}
-    for kind, counts in known[part].items():
-        shown = [k for k in counts if int(k) in (1, size, 320)] or list(counts)[:1]
-        measures |= {f"{part} {k}, {kind}": counts[k] for k in shown}
+    iid = evaluation["iid"]
+    part = "unique@k" if "coverage" in iid else "pass@k"
+    measures = {"success, i.i.d.": iid["avg@n"], "valid, i.i.d.": iid["valid"]}
+    for kind, found in evaluation.items():
+        shown = [k for k in found[part] if int(k) in (1, size, 320)] or list(found[part])[:1]
+        measures |= {f"{part[:-1]}{k}, {kind}": found[part][k] for k in shown}
     return measures
 
 

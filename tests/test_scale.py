@@ -246,6 +246,9 @@ def test_a_checkpoint_of_one_rank_goes_on_and_an_old_one_too(ranks, alone, tmp_p
     old["state"] = {i: moments["state"][name] for i, name in enumerate(names)}
     torch.save(position | dict(optimizer=old), folder / "training_state.pt")
     shutil.rmtree(folder / "training_state")
+    with pytest.raises(train.UserError, match="first version: python experiments/upgrade.py"):
+        train.position(folder)
+    subprocess.run([sys.executable, ROOT / "experiments" / "upgrade.py", folder], check=True)
     runs = [RESUMED | dict(resume=True, output_dir=str(tmp_path / name)) for name in ("new", "old")]
     if ranks > 1:
         torchrun(ranks, runs)
