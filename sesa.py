@@ -104,13 +104,8 @@ ANSWER_PROMPTS = Prompts(
     sketch="{problem} Write {sketch_hint}. {answer_hint}",
     next="Write another one, different from all of yours above.",
 )
-# A free question: `train.py --ask`, with --two_stage and without.
-QUESTION = Prompts(
-    direct="{problem}",
-    sketch="{problem}\n\nDo not answer yet. On one line, write {sketch_hint}.",
-    solve="{problem}\n\nFollow this approach: {sketch}",
-)
-QUESTION_IN_TURN = Prompts(
+# A free question, `train.py --ask`.
+QUESTION_PROMPTS = Prompts(
     sketch="{problem} Answer in a few words.",
     next="Another one, different from all of yours above.",
 )
@@ -473,12 +468,9 @@ class Explorer:
         """ValueError for a problem that the model cannot read, or whose conversations do not fit it; of endless
         problems the first ones are looked at."""
         for problem in islice(problems, 100 if len(problems) > 20_000 else None):
-            start = f"problem {problem.text[:40]!r}"
-            if self.chat.tokenizer.unk_token_id in self.chat.encode(problem.text):
-                raise ValueError(
-                    f"{start} has words that the model has no tokens for: it is a policy of another task, or its words "
-                    "are not in task.words; use another --model"
-                )
+            start, tokenizer = f"problem {problem.text[:40]!r}", self.chat.tokenizer
+            if tokenizer.unk_token_id in self.chat.encode(problem.text):
+                raise ValueError(f"{start} has words that the model has no tokens for: use another --model")
             if (need := self.longest(problem, plan)) > self.sampler.max_positions:
                 raise ValueError(
                     f"{start} takes up to {need} tokens with sketches or solution, the model has "

@@ -1373,7 +1373,7 @@ class Question(tasks.Task):
     def __post_init__(self):
         if not self.text.strip():
             raise ValueError("--ask: the question is empty; give a text, or - to read it from stdin")
-        self.prompts = sesa.QUESTION if self.two_stage else sesa.QUESTION_IN_TURN
+        self.prompts = sesa.Prompts() if self.two_stage else sesa.QUESTION_PROMPTS
 
     def num_problems(self, split: str) -> int:
         return 1
