@@ -350,18 +350,9 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
 
 def policy_loss(
-    stats: TokenStats,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    is_weight: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
-    kl_type: str = "exact",
-    entropy_coef: float = 0.0,
-) -> Tensor:
+    stats: TokenStats, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, is_weight: Tensor | None = None,
+    *, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_type="exact", entropy_coef=0.0,
+) -> Tensor:  # fmt: skip
     """The clipped policy-gradient loss with KL penalty and entropy bonus: the weighted SUM over the tokens at hand.
 
         -sum_i weights_i * ( is_weight_i * min(ratio_i A_i, clip(ratio_i, 1 - clip_low, 1 + clip_high) A_i)
@@ -416,15 +407,9 @@ def _penalty(stats: TokenStats, kl_type: str) -> Tensor:
 
 @torch.no_grad()
 def update_metrics(
-    stats: TokenStats,
-    old_logp: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    is_weight: Tensor | None = None,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> dict[str, Tensor]:
+    stats: TokenStats, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, is_weight: Tensor | None = None,
+    *, clip_low=0.2, clip_high=0.2,
+) -> dict[str, Tensor]:  # fmt: skip
     """Sums over the tokens at hand, to be added up over micro-batches and ranks; then `mean_metrics`.
 
     Takes the same tensors as `policy_loss`. A token of weight 0 is filler and is counted nowhere. The names, which are
