@@ -20,8 +20,8 @@ One optimiser step, from top to bottom:
     advantages = group_advantages(rewards, success)                           # [P, G]
     weights = token_weights(lengths, "grpo", num_sequences=..., ...)          # [N]
     advantages = advantages.flatten().repeat_interleave(lengths)              # [N]
-    loss = policy_loss(stats, old_logp, advantages, weights, kl_coef=0.001)   # scalar; stats from kernels.py
-    sums = update_metrics(stats, old_logp, advantages, weights)               # add up, then mean_metrics(sums)
+    loss = policy_loss(stats, advantages, weights, old_logp, kl_coef=0.001)   # scalar; stats from kernels.py
+    sums = update_metrics(stats, advantages, weights, old_logp)               # add up, then mean_metrics(sums)
 
 Two numbers that surprise: the loss is about 0 at the first minibatch of a rollout (the ratio is 1 there and advantages
 have mean 0), and that is correct; its gradient is not 0. And a group that only failed, or only succeeded, gives
@@ -307,16 +307,17 @@ def set_token_weights(
 def loss_inputs(rows: Sequence[TrainingSequence], device, is_options: dict | None = None) -> tuple[list, Tensor]:
     """What `policy_loss` takes after the statistics, and the log-probs as sampled [N], for the rows' targets in order.
 
-    The first are [old_logp, advantages, weights] and, with is_options (cap, level), the importance weight; each [N].
-    old_logp is None where the rows have none.
+    The first are [advantages, weights], old_logp where the rows have it, and with is_options (cap, level) the
+    importance weight; each [N].
     """
     lengths = torch.tensor([len(row.targets) for row in rows], device=device)  # [S]
     sampled = torch.tensor([x for row in rows for x in row.sampled_logps], device=device)  # [N]
-    old_logp = None if rows[0].old_logps is None else torch.cat([row.old_logps for row in rows])  # [N]
     advantages = torch.tensor([x for row in rows for x in row.advantages], device=device)  # [N]
-    inputs = [old_logp, advantages, torch.cat([row.token_weights for row in rows]).to(device)]
+    inputs = [advantages, torch.cat([row.token_weights for row in rows]).to(device)]
+    if rows[0].old_logps is not None:
+        inputs.append(torch.cat([row.old_logps for row in rows]))
     if is_options is not None:
-        inputs.append(importance_weight(old_logp, sampled, lengths=lengths, **is_options))
+        inputs.append(importance_weight(inputs[-1], sampled, lengths=lengths, **is_options))
     return inputs, sampled
 
 
@@ -350,7 +351,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
 
 def policy_loss(
-    stats: TokenStats, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, is_weight: Tensor | None = None,
+    stats: TokenStats, advantages: Tensor, weights: Tensor,
+    old_logp: Tensor | None = None, is_weight: Tensor | None = None,
     *, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl_type="exact", entropy_coef=0.0,
 ) -> Tensor:  # fmt: skip
     """The clipped policy-gradient loss with KL penalty and entropy bonus: the weighted SUM over the tokens at hand.
@@ -366,15 +368,15 @@ def policy_loss(
     KL and entropy are weighted like the tokens of the policy term. (TRL takes its entropy bonus as a plain mean over
     tokens whatever the loss type: that is the same for "dapo" only.)
 
-    As `loss_fn` of kernels.linear_policy_loss: functools.partial(policy_loss, kl_coef=...), with extras (old_logp,
-    advantages, weights[, is_weight]). With old_logp None the gradient is that of -A logp, so a distillation term
-    -A * mean logp(y|x) is this loss on its own tokens, with weights = coefficient * token_weights(..., "grpo").
+    As `loss_fn` of kernels.linear_policy_loss: functools.partial(policy_loss, kl_coef=...), with extras
+    (advantages, weights[, old_logp[, is_weight]]). Without old_logp the gradient is that of -A logp, so a distillation
+    term -A * mean logp(y|x) is this loss on its own tokens, with weights = coefficient * token_weights(..., "grpo").
 
     Raises ValueError for an unknown kl_type, or a KL without a reference.
 
     >>> stats = TokenStats(torch.tensor([-1.0, -1.0]), torch.tensor([0.5, 0.5]), None, None)
     >>> ratio, clipped = torch.tensor([1.1, 1.5]), torch.tensor([1.0, 1.0])
-    >>> policy_loss(stats, stats.logp - ratio.log(), torch.ones(2), torch.full((2,), 0.5))  # -(1.1 + 1.2) / 2
+    >>> policy_loss(stats, torch.ones(2), torch.full((2,), 0.5), stats.logp - ratio.log())  # -(1.1 + 1.2) / 2
     tensor(-1.1500)
     """
     ratio = _log_ratio(stats, old_logp).exp()  # [N]
@@ -407,7 +409,8 @@ def _penalty(stats: TokenStats, kl_type: str) -> Tensor:
 
 @torch.no_grad()
 def update_metrics(
-    stats: TokenStats, old_logp: Tensor | None, advantages: Tensor, weights: Tensor, is_weight: Tensor | None = None,
+    stats: TokenStats, advantages: Tensor, weights: Tensor,
+    old_logp: Tensor | None = None, is_weight: Tensor | None = None,
     *, clip_low=0.2, clip_high=0.2,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Sums over the tokens at hand, to be added up over micro-batches and ranks; then `mean_metrics`.

@@ -60,7 +60,7 @@ import torch
 
 import rl
 from sampler import Completion, Sampler, SamplingParams
-from tasks import Demonstration, Outcome, Problem
+from tasks import Demonstration, Outcome, Problem, play
 
 # A private-use character, stands for token ids in a rendered prompt.
 SLOT = "\ue000"
@@ -306,12 +306,13 @@ class Explorer:
         that the result does not depend on how ranks share the work (placebo: one rank only)."""
         self.roots.clear()
         others = [None] * len(placed)
-        draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess_in_turn, self.guess)
+        draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess, self.guess)
         if plan.method == "grpo":
             program = self.answer
         elif plan.sketches == "placebo":
             # Those of the problem before, or its own if it is alone.
-            own = self.sampler.run([draw(p, plan, (*seed, i)) for i, p in placed])
+            alone = replace(plan, sketches="sequential")
+            own = self.sampler.run([draw(p, alone, (*seed, i)) for i, p in placed])
             others = own[-1:] + own[:-1]
         programs = [program(p, plan, (*seed, i), other) for (i, p), other in zip(placed, others, strict=True)]
         groups = self.sampler.run(programs)
@@ -375,27 +376,21 @@ class Explorer:
         return (yield from self.play(problem, solutions, plan.solution_params))
 
     def guess(self, problem, plan, seed, other=None):
-        """SESA where the sketches are the answers: a chain of K guesses, or as an ablation K guesses that do not see
-        each other: each after an empty history ("iid"), or after the guesses of another chain ("placebo")."""
+        """SESA where the sketches are the answers: a chain of K guesses, each with an outcome of its own; or as an
+        ablation K guesses that do not see each other: each after an empty history ("iid"), or after the guesses of
+        another chain ("placebo")."""
+        plain = self.prompt("sketch", problem)
         if plan.sketches == "sequential":
-            return (yield from self.guess_in_turn(problem, plan, seed))
-        plain, histories = self.prompt("sketch", problem), [[]] * plan.num_sketches
+            chain = Trajectory(plain, plain)
+            yield from self.write(problem, plan, seed, [chain])
+            chain.outcomes = [play(self.task, problem, [text]) for text in chain.texts]
+            return Group(problem, [chain], chain.texts, len(chain.logps))
+        histories = [[]] * plan.num_sketches
         if other:
             [chain] = other.trajectories
             histories = [chain.body[:start] for start, _ in chain.spans]
         guesses = [Trajectory(plain + h, plain, derive_seed(*seed, "guess", i)) for i, h in enumerate(histories)]
         return Group(problem, (yield from self.play(problem, guesses, plan.sketch_params)))
-
-    def guess_in_turn(self, problem, plan, seed):
-        """A chain of K guesses, each of which sees those before it, and has an outcome of its own."""
-        prompt = self.prompt("sketch", problem)
-        chain = Trajectory(prompt, prompt)
-        yield from self.write(problem, plan, seed, [chain])
-        for text in chain.texts:
-            episode = self.task.episode(problem)
-            episode.act(text)
-            chain.outcomes.append(episode.outcome())
-        return Group(problem, [chain], chain.texts, len(chain.logps))
 
     # ------------------------------------------------------------------------------------------------ how it is drawn
 
@@ -716,22 +711,18 @@ def evaluation_metrics(
     counts = [(len(outcomes), sum(o.success for o in outcomes)) for outcomes in found]
     smallest = min(map(len, found))
     ks = [k for k in ks if k <= smallest]
-    flat = [o for outcomes in found for o in outcomes]
     diverse = mean([diversity(outcomes) for outcomes in found])
-    metrics = {
+    metrics = diverse | {
         "n": smallest,
         "problems": len(found),
-        "reward": fmean(o.reward for o in flat),
-        "avg@n": fmean(c / n for n, c in counts),
-        "valid": fmean(o.valid for o in flat),
-        "unique_success": diverse["unique_success"],
-        "unique_valid": diverse["unique_valid"],
+        "reward": fmean(o.reward for outcomes in found for o in outcomes),
+        "avg@n": diverse["success"],
         "pass@k": {str(k): fmean(rl.pass_at_k(n, c, k) for n, c in counts) for k in ks},
         "unique@k": {str(k): fmean(unique(outcomes, k, drawn_together) for outcomes in found) for k in ks},
     }
     if targets is not None:
         metrics["coverage"] = {k: count / len(targets) for k, count in metrics["unique@k"].items()}
-        metrics["named"] = dict(Counter(str(o.key) for o in flat if o.key in targets))
+        metrics["named"] = dict(Counter(str(o.key) for outcomes in found for o in outcomes if o.key in targets))
     return metrics
 
 

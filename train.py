@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import fmean
@@ -563,10 +564,9 @@ def starting_policy(name: str, config: Config, task: tasks.Task, ranks: Ranks) -
     """Rank 0 reads it or makes it. The others get all but the weights, which `Ranks.shard` hands out."""
 
     def make() -> Policy:
-        if name == "tiny":
-            return warm_start(config, task, ranks.device)
-        with patience(f"loading {name}"):
-            return load_policy(name, task, config.prompts)
+        path = str(warm_start(config, task, ranks.device)) if name == "tiny" else name
+        with patience(f"loading {path}"):
+            return load_policy(path, task, config.prompts)
 
     return ranks.first(make, lambda made: replace(made, model=hollow(made.model, device="meta")))
 
@@ -580,19 +580,16 @@ def hollow(model: nn.Module, **options) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Policy:
-    """The tiny policy after maximum likelihood on demonstrations; made once, cached by all that it depends on."""
+def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Path:
+    """The folder of the tiny policy after maximum likelihood on demonstrations, made once for all it depends on."""
     policy = tiny_policy(config, task)
-    if config.warm_start_steps == 0:
-        return policy
     cache = warm_start_cache(config, policy, task)
     if not cache.exists():
         demonstrate(config, policy, task, device)
         # another run may have been faster
         if not cache.exists():
             write_folder(cache, policy.save, Ranks(0, 1, device))
-    policy.model = load_policy(str(cache), task).model
-    return policy
+    return cache
 
 
 def warm_start_cache(config: Config, policy: Policy, task: tasks.Task) -> Path:
@@ -900,16 +897,12 @@ def backward(policy, reference, micro: list[Row], config: Config, kl_coef: float
     inputs, sampled = rl.loss_inputs(micro, device, is_options)
     clips = dict(clip_low=c.clip_low, clip_high=c.clip_high)
     options = clips | dict(kl_coef=kl_coef, kl_type=c.kl_type, entropy_coef=c.entropy_coef)
-    # The loss is computed in chunks of tokens: what is None is bound here, what is [N] is cut like the tokens.
-    bound, extras = ([None], inputs[1:]) if inputs[0] is None else ([], inputs)
-
-    def loss_fn(stats: kernels.TokenStats, *extras: Tensor) -> Tensor:
-        return rl.policy_loss(stats, *bound, *extras, **options)
-
-    loss, stats = score(policy, micro, device, loss_fn, extras, reference, c.temperature)
+    loss_fn = partial(rl.policy_loss, **options)
+    loss, stats = score(policy, micro, device, loss_fn, inputs, reference, c.temperature)
     loss.backward()
     metrics = rl.update_metrics(stats, *inputs, **clips)
-    shift = (stats.logp if bound else inputs[0]) - sampled  # [N]
+    old_logp = inputs[2] if len(inputs) > 2 else stats.logp
+    shift = old_logp - sampled  # [N]
     metrics |= {"sampling/logp_difference": shift.abs().sum(), "sampling/logp_shift": shift.sum()}
     return {name: float(value) for name, value in metrics.items()} | dict(loss=loss.item())
 

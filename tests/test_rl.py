@@ -241,7 +241,7 @@ def test_policy_loss_and_its_gradient_equal_a_loop(loss_type, kl_type):
     weights = weights_of(batch, loss_type)
     options = dict(clip_low=0.2, clip_high=0.28, kl_coef=0.3, kl_type=kl_type, entropy_coef=0.1)
     for is_weight in (None, batch.is_weight):
-        loss = rl.policy_loss(batch.stats, batch.old_logp, batch.advantages, weights, is_weight, **options)
+        loss = rl.policy_loss(batch.stats, batch.advantages, weights, batch.old_logp, is_weight, **options)
         expected = oracle_loss(batch, weights, is_weight, **options)
         close(loss, expected)
         (gradient,) = torch.autograd.grad(loss, batch.logits, retain_graph=True)
@@ -259,7 +259,7 @@ def test_gradient_of_the_clipped_loss(ratio, advantage, flows):
     logp = torch.tensor([-0.7], dtype=torch.float64).requires_grad_()
     stats = TokenStats(logp, torch.zeros(1), None, None)
     weight = torch.tensor([0.25], dtype=torch.float64)
-    rl.policy_loss(stats, logp.detach() - math.log(ratio), torch.tensor([advantage]).double(), weight).backward()
+    rl.policy_loss(stats, torch.tensor([advantage]).double(), weight, logp.detach() - math.log(ratio)).backward()
     close(logp.grad.item(), -0.25 * advantage * ratio if flows else 0.0)
 
 
@@ -278,7 +278,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches(loss_ty
                 part, loss_type, num_sequences=5, num_tokens=20, max_new_tokens=MAX_NEW_TOKENS
             )
             stats = TokenStats(*(values[token] for values in batch.stats))
-            extras = (batch.old_logp[token], batch.advantages[token], weights, batch.is_weight[token])
+            extras = (batch.advantages[token], weights, batch.old_logp[token], batch.is_weight[token])
             losses.append(rl.policy_loss(stats, *extras, **options))
         return sum(losses), torch.autograd.grad(sum(losses), batch.logits, retain_graph=True)[0]
 
@@ -296,7 +296,7 @@ def test_a_group_without_variance_has_exactly_no_gradient(scale):
     batch = random_batch(lengths)
     rewards = torch.tensor([[0.1, 0.0, 0.1, 0.0], [1.0, 0.0, 0.0, 0.1]])
     advantages = rl.group_advantages(rewards, rewards == 1, scale, pass_k=2).flatten().repeat_interleave(lengths)
-    loss = rl.policy_loss(batch.stats, batch.old_logp, advantages, weights_of(batch, "grpo"))
+    loss = rl.policy_loss(batch.stats, advantages, weights_of(batch, "grpo"), batch.old_logp)
     (gradient,) = torch.autograd.grad(loss, batch.logits)
     assert gradient[:10].abs().max() == 0 < gradient[10:].abs().max()
 
@@ -305,10 +305,10 @@ def test_without_old_logp_the_gradient_is_that_of_minus_a_logp():
     """Of the first update of a rollout, and of the distillation term: value -sum w A, gradient -sum w A grad logp."""
     batch = random_batch(torch.tensor([4, 2]))
     weights = weights_of(batch, "grpo")
-    loss = rl.policy_loss(batch.stats, None, batch.advantages, weights)
+    loss = rl.policy_loss(batch.stats, batch.advantages, weights)
     close(loss, -(weights * batch.advantages).sum())
     (gradient,) = torch.autograd.grad(loss, batch.logits, retain_graph=True)
-    on_policy = rl.policy_loss(batch.stats, batch.stats.logp.detach(), batch.advantages, weights)
+    on_policy = rl.policy_loss(batch.stats, batch.advantages, weights, batch.stats.logp.detach())
     close(gradient, torch.autograd.grad(on_policy, batch.logits, retain_graph=True)[0])
     plain = -(weights * batch.advantages * batch.stats.logp).sum()
     close(gradient, torch.autograd.grad(plain, batch.logits)[0])
@@ -319,10 +319,10 @@ def test_a_ratio_that_overflows_leaves_no_nan():
     logp = torch.tensor([-1.0, -1.0, -1.0]).requires_grad_()
     stats = TokenStats(logp, torch.zeros(3), None, None)
     old_logp, advantages = torch.full((3,), -201.0), torch.tensor([0.0, 1.0, -1.0])
-    loss = rl.policy_loss(stats, old_logp, advantages, torch.ones(3))
+    loss = rl.policy_loss(stats, advantages, torch.ones(3), old_logp)
     loss.backward()
     assert loss.isfinite() and logp.grad.isfinite().all()
-    metrics = rl.update_metrics(stats, old_logp, advantages, torch.ones(3))
+    metrics = rl.update_metrics(stats, advantages, torch.ones(3), old_logp)
     assert all(value.isfinite() for value in metrics.values())
 
 
@@ -331,7 +331,7 @@ def test_policy_loss_is_a_loss_function_of_the_fused_kernel():
     lengths = torch.tensor([4, 1, 6])
     batch = random_batch(lengths, vocabulary=13, dtype=torch.float32)
     hidden, ref_hidden, weight = torch.randn(11, 8), torch.randn(11, 8), torch.randn(13, 8)
-    extras = (batch.old_logp, batch.advantages, weights_of(batch, "grpo"), batch.is_weight)
+    extras = (batch.advantages, weights_of(batch, "grpo"), batch.old_logp, batch.is_weight)
     loss_fn = functools.partial(rl.policy_loss, kl_coef=0.2, kl_type="exact", entropy_coef=0.05)
 
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
@@ -377,7 +377,7 @@ def test_kl_estimates_have_the_means_and_the_gradients_that_the_docstring_claims
 
 def test_the_exact_kl_of_the_loss_has_the_gradient_of_the_reverse_kl():
     batch = random_batch(torch.tensor([3]))
-    loss = rl.policy_loss(batch.stats, None, torch.zeros(3), torch.ones(3), kl_coef=1.0, kl_type="exact")
+    loss = rl.policy_loss(batch.stats, torch.zeros(3), torch.ones(3), kl_coef=1.0, kl_type="exact")
     logp, ref_logp = batch.logits.log_softmax(-1), batch.ref_logits.log_softmax(-1)
     reverse = (logp.exp() * (logp - ref_logp)).sum()
     close(*(torch.autograd.grad(value, batch.logits, retain_graph=True)[0] for value in (loss, reverse)))
@@ -410,7 +410,7 @@ def test_update_metrics_equal_a_loop_and_add_up_over_micro_batches():
         "is_weight": statistics.fmean(batch.is_weight[i].item() for i in kept),
     }
     assert expected["clip_ratio/low"] > 0 and expected["clip_ratio/high"] > 0
-    extras = (batch.old_logp, batch.advantages, weights, batch.is_weight)
+    extras = (batch.advantages, weights, batch.old_logp, batch.is_weight)
     sums = defaultdict(float)
     for part in (slice(0, 4), slice(4, 4), slice(4, 20)):  # a rank may have nothing to add
         stats = TokenStats(*(values[part] for values in batch.stats))
@@ -441,7 +441,7 @@ def test_inputs_are_not_mutated():
     batch = random_batch(torch.tensor([3, 2, 4]))
     rewards, success = random_groups()
     weights = weights_of(batch, "grpo")
-    extras = (batch.old_logp, batch.advantages, weights, batch.is_weight)
+    extras = (batch.advantages, weights, batch.old_logp, batch.is_weight)
     tensors = [*batch.stats, *extras, batch.lengths, rewards, success]
     before = [tensor.detach().clone() for tensor in tensors]
     for scale in ("std", "none", "loo", "passk"):
@@ -482,8 +482,8 @@ FLAT = TokenStats(ONES, ONES, None, None)
         (lambda: rl.importance_weight(torch.zeros(2), torch.zeros(2), level="sequence"), "to 0.* 2 tokens"),
         (lambda: rl.importance_weight(torch.zeros(2), torch.zeros(2), cap=0.0), "cap is 0.0.*positive"),
         (lambda: rl.kl_estimate(torch.zeros(2), torch.zeros(2), "k4"), "kind is 'k4'"),
-        (lambda: rl.policy_loss(FLAT, None, ONES, ONES, kl_coef=1.0), "hold no reference"),
-        (lambda: rl.policy_loss(FLAT, None, ONES, ONES, kl_coef=1.0, kl_type="k4"), "kl_type is 'k4'"),
+        (lambda: rl.policy_loss(FLAT, ONES, ONES, kl_coef=1.0), "hold no reference"),
+        (lambda: rl.policy_loss(FLAT, ONES, ONES, kl_coef=1.0, kl_type="k4"), "kl_type is 'k4'"),
         (lambda: rl.learning_rate(0, 1, 0, 1.0, "step"), "schedule is 'step'.*constant, linear, cosine"),
     ],
 )
@@ -555,7 +555,7 @@ def test_loss_gradient_and_metrics_equal_those_of_trl(loss_type, entropy_coef, k
     expected, trl_metrics = trl_loss(
         batch, loss_type, kl_coef=kl_coef, entropy_coef=entropy_coef, is_weight=is_weight, **options
     )
-    extras = (batch.old_logp, batch.advantages, weights_of(batch, loss_type).double(), is_weight)
+    extras = (batch.advantages, weights_of(batch, loss_type).double(), batch.old_logp, is_weight)
     loss = rl.policy_loss(batch.stats, *extras, kl_coef=kl_coef, kl_type="k3", entropy_coef=entropy_coef, **options)
     close(loss, expected, 1e-6)  # the weights are float32
     gradient, trl_gradient = (
