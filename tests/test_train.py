@@ -537,51 +537,10 @@ def test_micro_batches_rows_at_once_and_recomputation_change_nothing(toy, change
         assert_same_metrics(rows(run(tmp_path / str(split), **options | split)), whole)
 
 
-TWO_RANKS = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch.distributed as dist
-import train
-dist.init_process_group("gloo")
-dist.init_process_group = lambda *args, **kwargs: None  # once for all runs
-for options in json.loads(sys.argv[1]):
-    train.main(train.Config(**options))
-dist.destroy_process_group()
-"""
-
-
 def start(command: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-
-
-def test_two_ranks_are_one(toys, tmp_path):
-    """Three problems on two ranks, several updates per rollout: the shares are uneven, so are the micro-batches."""
-    arms = dict(
-        letters=toys["letters"] | dict(problems_per_step=5),
-        talk=toys["talk"] | dict(problems_per_step=3, minibatches=2, sketch_context="is", micro_batch_tokens=60),
-        grpo=toys["talk"] | dict(problems_per_step=1, method="grpo"),  # the first rank has nothing to do
-    )
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS)
-    runs = [dict(options, output_dir=str(tmp_path / f"{name}-2")) for name, options in arms.items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = start([*torchrun, str(script), json.dumps(runs)])
-    try:
-        _, error = done.communicate(timeout=200)
-    finally:
-        if done.poll() is None:
-            os.killpg(done.pid, signal.SIGKILL)  # the ranks, too
-    assert done.returncode == 0, error[-3000:]
-    for name, options in arms.items():
-        alone = run(tmp_path / f"{name}-1", **options)
-        assert_same_metrics(rows(tmp_path / f"{name}-2"), rows(alone))
-        texts, shared = (
-            {str([g["step"], g["problem"], [s["text"] for s in g["solutions"]]]) for g in rows(folder, "samples.jsonl")}
-            for folder in (alone, tmp_path / f"{name}-2")
-        )
-        assert shared <= texts  # of the first rank
 
 
 # ---------------------------------------------------------------------------------------------------------------------
