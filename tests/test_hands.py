@@ -375,7 +375,7 @@ BLOCKS = re.findall(r"```python\n(# my_\w+\.py\n.*?)```", (ROOT / "CONTRIBUTING.
 def test_the_forks_of_the_guide_run_and_matter(block, runs, tmp_path, monkeypatch):
     import rl
 
-    for module, name in ((sesa, "credit"), (rl, "policy_loss"), (sesa.Explorer, "guess_in_turn")):
+    for module, name in ((sesa, "credit"), (rl, "policy_loss"), (sesa.Explorer, "guess")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
     lines = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) < 20
