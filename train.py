@@ -1044,7 +1044,7 @@ def damaged(folder: Path, error: BaseException) -> UserError:
 
 
 def position(folder: Path) -> dict:
-    """What a checkpoint holds beside tensors: where the run was, and its config."""
+    """What a checkpoint holds beside tensors: where the run was."""
     if (folder / "training_state.pt").exists():
         raise UserError(f"{folder} is of the first version: python experiments/upgrade.py {folder}")
     try:
@@ -1080,15 +1080,14 @@ class RunFolder:
             raise self.error("holds no checkpoint: start without --resume, in an empty folder")
         self.lock("a")
         # without a checkpoint it ended before the first
-        source = self.checkpoint(steps[-1]) if steps else self.file
-        state = position(source) if steps else None
-        saved = state.pop("config") if steps else json.loads(source.read_text("utf-8") or "{}")
+        state = position(self.checkpoint(steps[-1])) if steps else None
+        saved = json.loads(self.file.read_text(encoding="utf-8") or "{}")
         bound = {name: old for name, old in saved.items() if name not in self.FREE}
         pairs = [(name, old, self.flags.get(name, old)) for name, old in bound.items()]
         changes = [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if new != old]
         if changes:
             remedy = "use the same flags, or another --output_dir"
-            raise UserError(f"{source} is from another config ({', '.join(changes)}): {remedy}")
+            raise UserError(f"{self.path} is from another config ({', '.join(changes)}): {remedy}")
         return state
 
     def lock(self, mode: str) -> None:
@@ -1142,8 +1141,7 @@ class RunFolder:
             if first:
                 run.policy.save(folder)
                 (folder / "README.md").write_text(model_card(run, state), encoding="utf-8")
-                where = state | dict(config=self.flags)
-                write_json(folder / "training_state" / "position.json", where)
+                write_json(folder / "training_state" / "position.json", state)
 
         first, checkpoint = self.ranks.rank == 0, self.checkpoint(state["step"])
         # weights and two moments, and the policy
