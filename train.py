@@ -312,6 +312,25 @@ def user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@contextmanager
+def told(what: str, remedy: str, last: bool = False) -> Iterator[None]:
+    """Whatever is raised inside becomes one line for the user, with the first (or last) line that it says.
+
+    Damaged and foreign files, full disks and networks have as many names for it as there are libraries.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, dcp.CheckpointException) as error:
+        raise UserError(f"{what} ({line_of(error, last)}): {remedy}") from error
+
+
+def line_of(error: BaseException, last: bool) -> str:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[-1 if last else 0]
+
+
 def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
@@ -483,11 +502,8 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     remedy = "give tiny, a hub id, a folder or a .gguf file"
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
         raise UserError(f"{flag} there is no such file or folder; {remedy}")
-    try:
+    with told(f"{flag} cannot be loaded", remedy):
         model, tokenizer = load_pretrained(path, weights)
-    # A missing, damaged or foreign file raises whatever its bytes lead to.
-    except Exception as error:
-        raise UserError(f"{flag} cannot be loaded ({line_of(error)}); {remedy}") from None
     default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     ours = dict(prompts=vars(default), limits=limits) | notes(name)
@@ -515,18 +531,11 @@ def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     return auto.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
-def line_of(error: BaseException, i: int = 0) -> str:
-    """The first line of what an error says; -1: the last."""
-    return (str(error).strip() or type(error).__name__).splitlines()[i]
-
-
 def load_prompts(path: str | None, default: sesa.Prompts) -> sesa.Prompts:
     if path is None:
         return default
-    try:
+    with told(f"--prompts {path}", "must be a JSON object of texts"):
         return default.replaced(read_json(Path(path)))
-    except Exception as error:
-        raise UserError(f"--prompts {path}: {error}; must be a JSON object of texts") from None
 
 
 def tiny_policy(config: Config, task: tasks.Task) -> Policy:
@@ -755,13 +764,10 @@ class Run:
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, whatever the number of ranks that wrote it."""
-        try:
+        with told(f"{folder} is damaged", DAMAGED, last=True):
             tensors = self.tensors()
             dcp.load(tensors, checkpoint_id=folder / "training_state")
             dcp_state.set_state_dict(self.model, self.optimizer, **tensors)
-        # A damaged file raises whatever the bytes lead to.
-        except (Exception, dcp.CheckpointException) as error:
-            raise damaged(folder, error) from None
         self.refresh_actor()
 
     def remember(self, state: dict, groups: Sequence[sesa.Group], row: dict) -> None:
@@ -1016,9 +1022,8 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         write(temporary)
-    # A full disk has as many names as there are libraries.
     except (Exception, dcp.CheckpointException) as error:
-        problems = [line_of(error, -1)]
+        problems = [line_of(error, last=True)]
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -1036,22 +1041,15 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
 
 
 ROOM = "make room, and go on with --resume"
-
-
-def damaged(folder: Path, error: BaseException) -> UserError:
-    remedy = "remove it to resume from the one before it"
-    return UserError(f"{folder} is damaged ({line_of(error, -1)}): {remedy}")
+DAMAGED = "remove it to resume from the one before it"
 
 
 def position(folder: Path) -> dict:
     """What a checkpoint holds beside tensors: where the run was."""
     if (folder / "training_state.pt").exists():
         raise UserError(f"{folder} is of the first version: python experiments/upgrade.py {folder}")
-    try:
+    with told(f"{folder} is damaged", DAMAGED, last=True):
         return read_json(folder / "training_state" / "position.json")
-    # A damaged file raises whatever the bytes lead to.
-    except Exception as error:
-        raise damaged(folder, error) from None
 
 
 class RunFolder:
@@ -1104,12 +1102,10 @@ class RunFolder:
 
     def start(self, step: int) -> None:
         """Make the folder, or what was logged after `step` undone; from here on the run is seen."""
-        try:
+        with told(f"--output_dir {self.path} cannot be made", "give another"):
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.held:
                 self.lock("x")
-        except OSError as error:
-            raise self.error(f"cannot be made ({error.strerror}); give another") from None
         if step == 0:
             write_json(self.file, self.flags)
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
@@ -1120,11 +1116,8 @@ class RunFolder:
     def append(self, name: str, *rows: dict) -> None:
         if self.ranks.rank > 0:
             return
-        try:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.writelines(map(json_line, rows))
-        except OSError as error:
-            raise UserError(f"{self.path / name}: {error.strerror}; {ROOM}") from None
+        with told(f"{self.path / name} cannot be written", ROOM), open(self.path / name, "a", encoding="utf-8") as file:
+            file.writelines(map(json_line, rows))
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step}"
@@ -1280,12 +1273,10 @@ def read_rows(file: Path) -> list[dict]:
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
     """(flags, rows) of a run folder: each step's metrics with the tokens and seconds so far, the base first."""
-    try:
+    with told(f"{path} cannot be read as a run folder", "give the --output_dir of a run"):
         flags, rows = read_json(path / "config.json"), read_rows(path / "metrics.jsonl")
         file = path / "summary.json"
         base = read_json(file)["base_evaluation"] if file.exists() else None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a run folder ({line_of(error)})") from None
     rows[:0] = [dict(step=0, eval=base)] if base else []
     tokens = seconds = 0
     for row in rows:
@@ -1565,13 +1556,9 @@ def push(name: str, folder: RunFolder, best: int) -> None:
 
     kept, api = folder.checkpoints(), HfApi()
     path = folder.checkpoint(best if best in kept else kept[-1])
-    try:
+    with told(f"--push_to_hub {name}", f"the checkpoint is in {path}"):
         api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=path, ignore_patterns=["training_state/*"])
-    # no network, no rights, no such owner: whatever it raises
-    except Exception as error:
-        problem = f"{line_of(error)}; the checkpoint is in {path}"
-        raise UserError(f"--push_to_hub {name}: {problem}") from None
     print(f"  {path} is at {name}")
 
 

@@ -349,7 +349,7 @@ def test_the_best_checkpoint_is_pushed(broken, tmp_path, monkeypatch, capsys):
     if broken:
         with pytest.raises(train.UserError) as error:
             run(tmp_path / "run", push_to_hub="me/it")
-        assert "--push_to_hub me/it: no network; the checkpoint is in" in str(error.value)
+        assert "--push_to_hub me/it (no network): the checkpoint is in" in str(error.value)
         assert "\n" not in str(error.value) and (tmp_path / "run" / "summary.json").exists()
         return
     run(tmp_path / "run", push_to_hub="me/it")

@@ -349,7 +349,7 @@ def test_a_disk_that_is_full_of_metrics_ends_with_one_line(alone, tmp_path, monk
     monkeypatch.setattr(train.RunFolder, "append", full)
     out = tmp_path / "run"
     try:
-        with pytest.raises(train.UserError, match="metrics.jsonl: File too large; make room, and go on with --resume"):
+        with pytest.raises(train.UserError, match="metrics.jsonl cannot be written .File too large.: make room, and go on"):
             main(Config(**RESUMED, output_dir=str(out)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
