@@ -498,11 +498,10 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
 
     Without weights nothing but its config and tokenizer is read (or downloaded).
     """
-    path, flag = Path(name), f"--model {name}:"
-    remedy = "give tiny, a hub id, a folder or a .gguf file"
-    if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
-        raise UserError(f"{flag} there is no such file or folder; {remedy}")
-    with told(f"{flag} cannot be loaded", remedy):
+    path = Path(name)
+    with told(f"--model {name} cannot be loaded", "give tiny, a hub id, a folder or a .gguf file"):
+        if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
+            raise FileNotFoundError("there is no such file or folder")
         model, tokenizer = load_pretrained(path, weights)
     default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
@@ -510,9 +509,9 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     ours["prompts"] = load_prompts(prompts, sesa.Prompts(**ours["prompts"]))
     policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"{flag} its output head has a bias, which the loss does not compute")
+        raise UserError(f"--model {name}: its output head has a bias, which the loss does not compute")
     if not policy.stop_ids:
-        raise UserError(f"{flag} its tokenizer names no end-of-sequence token; set one")
+        raise UserError(f"--model {name}: its tokenizer names no end-of-sequence token; set one")
     return policy
 
 
@@ -695,12 +694,11 @@ class Run:
                     line = f"{skipped} updates in a row had a loss or gradient that is not finite"
                     remedy = f"from a checkpoint in {folder.path} go on with a lower --learning_rate"
                     raise UserError(f"step {state['step']}: {line}; {remedy}")
-                records = []
-                if last or due(step, config.sample_every):
-                    records = [sesa.sample_record(step + 1, g) for g in groups[:2]]
-                    folder.append("samples.jsonl", *records)
-                    if records and not progress.disable:
-                        tqdm.write(in_colour(records[0]), file=sys.stderr)
+                sampled = 2 if last or due(step, config.sample_every) else 0
+                records = [sesa.sample_record(step + 1, g) for g in groups[:sampled]]
+                folder.append("samples.jsonl", *records)
+                if records and not progress.disable:
+                    tqdm.write(in_colour(records[0]), file=sys.stderr)
                 log(row, records)
                 if last or due(state["step"], config.checkpoint_every):
                     folder.save(self, state)
@@ -1582,10 +1580,7 @@ def patience(doing: str) -> Iterator[None]:
 def describe(config: Config, task: tasks.Task) -> None:
     """--dry_run: every value, and the sizes that follow from them."""
     c, ranks, chains = config, environ("WORLD_SIZE", 1), chain_credit(config, task)
-    if c.model == "tiny":
-        policy = tiny_policy(c, task)
-    else:
-        policy = load_policy(c.model, task, c.prompts, weights=False)
+    policy = tiny_policy(c, task) if c.model == "tiny" else load_policy(c.model, task, c.prompts, weights=False)
     limits, answers = policy.token_limits(c), c.problems_per_step * group_answers(c)
     longest = longest_answer(limits, task)
     tokens = answers * longest

@@ -715,10 +715,10 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task_options treasures=null", "treasures='null': must be int"),
         ("--task_options treasures=-1", "treasures -1: must be between"),
         ("--task countdown --task_options difficulty=[1]", "difficulty"),
-        ("--model ./nowhere", "--model ./nowhere: there is no such file or folder"),
-        ("--model nobody/no-such-model", "--model nobody/no-such-model: cannot be loaded"),
-        ("--model empty", "--model empty: cannot be loaded"),
-        ("--reference ./nowhere", "./nowhere: there is no such file or folder"),
+        ("--model ./nowhere", "--model ./nowhere cannot be loaded (there is no such file or folder): give tiny, a hub id"),
+        ("--model nobody/no-such-model", "--model nobody/no-such-model cannot be loaded ("),
+        ("--model empty", "--model empty cannot be loaded ("),
+        ("--reference ./nowhere", "./nowhere cannot be loaded (there is no such file or folder)"),
         ("--num_sketches 1", "is 1: a group of one has nothing to be compared with"),
         ("--method grpo --group_size 1", "is 1: a group of one has nothing to be compared with"),
         ("--num_sketches -4", "--num_sketches -4: must be above 0"),
@@ -822,7 +822,7 @@ def test_a_damaged_model_is_refused(toys, tmp_path, monkeypatch, capsys, finishe
     words = flags(toys["letters"] | dict(model="model", eval_only=True, output_dir="run"))
     assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("error: --model model: cannot be loaded")
+    assert error.count("\n") == 1 and error.startswith("error: --model model cannot be loaded (")
     assert not (tmp_path / "run").exists()
 
 
