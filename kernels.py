@@ -38,14 +38,18 @@ except ImportError:  # macOS, Windows: the torch path
     triton = None
 jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
 
-BLOCK = 1024  # logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers
-ROW_PROGRAMS = 132 * 32  # one-warp programs that fill the 132 multiprocessors of an H100 or H200
+# Logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers.
+BLOCK = 1024
+# One-warp programs that fill the 132 multiprocessors of an H100 or H200.
+ROW_PROGRAMS = 132 * 32
 MAX_SPLITS = 64  # parts of a row, when there are too few rows
-LAUNCH = {"num_warps": 1, "num_stages": 1}
 
-LOWEST = -1.0e30  # z where p = 0: a product with it is 0, with -inf it would be NaN
-HIGHEST = 1.0e33  # D where the reference has no mass, for the same reason; V of them still add up to a finite number
-INFINITE = 1.0e15  # a KL above this can only stem from such a D: it is reported as +inf
+# z where p = 0: a product with it is 0, with -inf it would be NaN.
+LOWEST = -1.0e30
+# D where the reference has no mass, for the same reason; V of them still add up to a finite number.
+HIGHEST = 1.0e33
+# A KL above this can only stem from such a D: it is reported as +inf.
+INFINITE = 1.0e15
 
 
 class TokenStats(NamedTuple):
@@ -61,10 +65,12 @@ class _Options(NamedTuple):
     temperature: float
     softcap: float
     impl: str
-    chunk_size: int = 0
+    chunk_size: int
 
     def scale(self, logits: Tensor) -> Tensor:
-        return scaled_logits(logits, self.temperature, self.softcap)
+        if self.impl == "torch":
+            return scaled_logits(logits, self.temperature, self.softcap)
+        return scaled_logits(logits, softcap=self.softcap) * (1 / math.log(2) / self.temperature)  # as the kernels do
 
     @property
     def unit(self) -> float:
@@ -111,8 +117,7 @@ def token_stats(
              f"logits is {logits.dtype}, it must be float32, float16 or bfloat16: cast it")
     _require(ref_logits is None or ref_logits.shape == logits.shape,
              f"ref_logits must have the shape of logits, {tuple(logits.shape)}: same tokens, same vocabulary")
-    options = _Options(temperature, softcap, _choose(impl, logits.device))
-    _check(options, targets, *logits.shape)
+    options = _options(targets, *logits.shape, temperature, softcap, impl)
     logits, ref_logits = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (logits, ref_logits))
     return TokenStats(*_RowStats.apply(logits, ref_logits, targets, options, inplace))
 
@@ -205,13 +210,11 @@ def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature,
         # GPUs want products of thousands of tokens; for a CPU 512 are enough, or 8 MB of logits
         chunk_size = 4096 if hidden.is_cuda else max(512, 2**21 // max(1, len(weight)))
     _require(chunk_size > 0, f"chunk_size is {chunk_size}, it must be at least 1 token")
-    options = _Options(temperature, softcap, _choose(impl, hidden.device), chunk_size)
-    _check(options, targets, len(hidden), len(weight))
+    options = _options(targets, len(hidden), len(weight), temperature, softcap, impl, chunk_size)
     return hidden, weight, ref_hidden, ref_weight, targets, options
 
 
-def _check(options: _Options, targets: Tensor, n: int, v: int) -> None:
-    temperature, softcap = options[:2]
+def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Options:
     _require(temperature > 0, f"temperature is {temperature}, it must be above 0: 1.0 is the model's own distribution")
     _require(softcap >= 0, f"softcap is {softcap}, it must be 0 (off) or above")
     _require(v > 0, "the vocabulary is empty: check the head")
@@ -220,6 +223,7 @@ def _check(options: _Options, targets: Tensor, n: int, v: int) -> None:
     # a GPU would have to be waited for: there, a logp of NaN is what gives a wrong id away
     _require(targets.is_cuda or n == 0 or bool(targets.max() < v),
              f"targets holds an id that is not below the vocabulary size {v}: use the model's own tokenizer")
+    return _Options(temperature, softcap, _choose(impl, targets.device), chunk_size)
 
 
 def _choose(impl: str | None, device: torch.device) -> str:
@@ -239,9 +243,11 @@ def _choose(impl: str | None, device: torch.device) -> str:
 def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor]:
     """logp, entropy and, with a reference, kl and ref_logp, [N] each; and what the backward needs: moments fp32
     [5, N], which are m, s, <z>, n and <D>."""
-    sums = _sums_triton if options.impl == "triton" else _sums_torch
-    parts, chosen = sums(logits, ref_logits, targets, options)  # [P, 6, N], [2, N]
-    chosen.masked_fill_(targets >= logits.shape[1], torch.nan)  # only on a GPU: a CPU has raised before
+    if options.impl == "triton":  # in bits, and in as many parts as there are splits of a row
+        parts = torch.zeros(_split(*logits.shape)[1], 6, len(logits), device=logits.device)
+        _launch(_forward_kernel, options, logits, ref_logits, targets, parts)
+    else:
+        parts = _sums_torch(logits, ref_logits, targets, options)  # [P, 6, N]
     m_parts, s_parts, sz_parts, n_parts, r_parts, sd_parts = parts.unbind(1)  # [P, N]
     m, n = m_parts.amax(0), n_parts.amax(0)  # [N]
     dm, dn = m_parts - m, n_parts - n
@@ -249,19 +255,25 @@ def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor
     s = (a * s_parts).sum(0)
     mean_z = (a * (sz_parts + dm * s_parts)).sum(0) / s
     mean_d = (a * (sd_parts + (dm - dn) * s_parts)).sum(0) / s
-    stats = [_logp(chosen[0] - m, s, options), s.log() - mean_z * options.unit]
+    stats = [_logp(logits, m, s, targets, options), s.log() - mean_z * options.unit]
     if ref_logits is not None:
         r = ((dn * options.unit).exp() * r_parts).sum(0)
         kl = mean_d * options.unit + (r / s).log()
         kl.clamp_(min=0.0)  # rounding leaves +-1e-7 around 0
         kl.masked_fill_(kl > INFINITE, torch.inf)
         kl.masked_fill_(r == 0, torch.nan)  # a reference row of nothing but -inf
-        stats += [kl, _logp(chosen[1] - n, r, options)]
+        stats += [kl, _logp(ref_logits, n, r, targets, options)]
     return [x.masked_fill_(targets < 0, 0.0) for x in stats], torch.stack([m, s, mean_z, n, mean_d])
 
 
-def _logp(z: Tensor, mass: Tensor, options: _Options) -> Tensor:
-    return (z * options.unit - mass.log()).clamp_(max=0.0)
+def _logp(logits: Tensor, top: Tensor, mass: Tensor, targets: Tensor, options: _Options) -> Tensor:
+    chosen = options.scale(logits.gather(1, _index(targets, logits))[:, 0])  # [N]
+    chosen = chosen.masked_fill(targets >= logits.shape[1], torch.nan)  # only on a GPU: a CPU has raised before
+    return ((chosen - top) * options.unit - mass.log()).clamp_(max=0.0)
+
+
+def _index(targets: Tensor, logits: Tensor) -> Tensor:
+    return targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
 
 
 def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None:
@@ -276,8 +288,10 @@ def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None
     if grads[2] is None:
         ref_logits, mean_d = None, 0.0
     factors = torch.stack([m, n, -g / s - b * mean_z - c * mean_d, b, c, g])
-    backward = _backward_triton if options.impl == "triton" else _backward_torch
-    backward(logits, ref_logits, targets, factors, grads[1] is not None, options, out)
+    if options.impl == "triton":
+        _launch(_backward_kernel, options, logits, ref_logits, targets, factors, out)
+    else:
+        _backward_torch(logits, ref_logits, targets, factors, grads[1] is not None, options, out)
 
 
 class _RowStats(torch.autograd.Function):
@@ -317,30 +331,26 @@ def _difference(z: Tensor, w: Tensor) -> Tensor:
     return torch.sub(z, w, out=w).clamp_(max=HIGHEST)  # [C, V], over w
 
 
-def _sums_torch(logits, ref_logits, targets, options) -> tuple[Tensor, Tensor]:
-    """Sums fp32 [1, 6, N]: m, s, sum e z, n, r, sum e D; and t and u of the target, [2, N]."""
+def _sums_torch(logits, ref_logits, targets, options) -> Tensor:
+    """Sums fp32 [1, 6, N]: m, s, sum e z, n, r, sum e D."""
     sums = torch.zeros(1, 6, len(logits), device=logits.device)
-    chosen = torch.zeros(2, len(logits), device=logits.device)
-    index = targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
     for rows in _blocks(logits):
         t = options.scale(logits[rows])  # [C, V]
-        chosen[0, rows] = t.gather(1, index[rows])[:, 0]
         m = t.amax(-1)  # [C]
         z = (t - m[:, None]).clamp_(min=LOWEST)  # [C, V]
         e = z.exp()  # [C, V]
         block = [m, e.sum(-1), (e * z).sum(-1)]
         if ref_logits is not None:
             u = options.scale(ref_logits[rows])  # [C, V]
-            chosen[1, rows] = u.gather(1, index[rows])[:, 0]
             n = u.amax(-1)  # [C]
             w = u - n[:, None]  # [C, V]
             block += [n, w.exp().sum(-1), e.mul_(_difference(z, w)).sum(-1)]
         sums[0, : len(block), rows] = torch.stack(block)
-    return sums, chosen
+    return sums
 
 
 def _backward_torch(logits, ref_logits, targets, factors, entropy, options, out) -> None:
-    index = targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
+    index = _index(targets, logits)
     for rows in _blocks(logits):
         m, n, a, b, c, g = factors[:, rows, None]  # [C, 1]
         t = options.scale(logits[rows])  # [C, V]
@@ -402,14 +412,13 @@ def _absorb(sums, X, Y, columns, end, scale, softcap: tl.constexpr, MASKED: tl.c
 
 @jit
 def _forward_kernel(
-    X, Y, TARGETS, PARTS, TARGET_XY,
+    X, Y, TARGETS, PARTS,
     stride_x, stride_y, num_rows, V, tiles,
     temperature: tl.constexpr, softcap: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split): one pass over `tiles` tiles of a row; six partial sums, and the target's logit if here."""
+    """Program (row, split): one pass over `tiles` tiles of a row that is not ignored, to six partial sums."""
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 after 14,000 rows of 152k logits
-    target = tl.load(TARGETS + row)
-    if target < 0:
+    if tl.load(TARGETS + row) < 0:
         return
     scale: tl.constexpr = _LOG2E / temperature  # as an argument, torch.compile would make it fp64
     X += row * stride_x
@@ -419,8 +428,7 @@ def _forward_kernel(
     end = tl.minimum(begin + tiles * BLOCK, V)
     whole = begin + (end - begin) // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
-    low = -1.0e30  # finite, so that no difference of maxima is NaN
-    sums = (low, 0.0, 0.0, low, 0.0, 0.0)
+    sums = (-1.0e30, 0.0, 0.0, -1.0e30, 0.0, 0.0)  # finite, so that no difference of maxima is NaN
     for start in range(begin, whole, BLOCK):
         sums = _absorb(sums, X, Y, start + lane, end, scale, softcap, False)
     if whole < end:  # the ragged tail, peeled off: the loop needs no masks
@@ -428,10 +436,6 @@ def _forward_kernel(
     PARTS += tl.program_id(1).to(tl.int64) * 6 * num_rows + row  # [splits, 6, N]
     for i in tl.static_range(6):
         tl.store(PARTS + i * num_rows, sums[i])
-    if (target >= begin) & (target < end):
-        tl.store(TARGET_XY + row, _load(X, target, end, softcap, False) * scale)
-        if Y is not None:
-            tl.store(TARGET_XY + num_rows + row, _load(Y, target, end, softcap, False) * scale)
 
 
 @jit
@@ -491,27 +495,14 @@ def _split(num_rows: int, vocab: int) -> tuple[int, int]:
     return each, triton.cdiv(tiles, each)
 
 
-def _launch(kernel, logits, ref_logits, targets, buffers, out, options) -> None:
+def _launch(kernel, options, logits, ref_logits, targets, buffer, *out) -> None:
     """One program for each row and each of its splits; logits and `out` may have rows of any stride."""
-    tensors = [logits, ref_logits, targets.contiguous(), *buffers, *out]
     strides = [0 if rows is None else rows.stride(0) for rows in (logits, ref_logits, *out)]
     tiles, splits = _split(*logits.shape)
+    tensors = logits, ref_logits, targets.contiguous(), buffer, *out
+    constants = dict(temperature=options.temperature, softcap=options.softcap, BLOCK=BLOCK)
     with torch.cuda.device_of(logits):
-        kernel[len(logits), splits](*tensors, *strides, *logits.shape, tiles, options.temperature, options.softcap,
-                                    BLOCK=BLOCK, **LAUNCH)
-
-
-def _sums_triton(logits, ref_logits, targets, options) -> tuple[Tensor, Tensor]:
-    """As `_sums_torch`, in bits and in as many parts as there are splits of a row."""
-    n = len(logits)
-    parts = torch.zeros(_split(*logits.shape)[1], 6, n, device=logits.device)
-    chosen = torch.zeros(2, n, device=logits.device)
-    _launch(_forward_kernel, logits, ref_logits, targets, [parts, chosen], [], options)
-    return parts, chosen
-
-
-def _backward_triton(logits, ref_logits, targets, factors, entropy, options, out) -> None:
-    _launch(_backward_kernel, logits, ref_logits, targets, [factors], [out], options)
+        kernel[len(logits), splits](*tensors, *strides, *logits.shape, tiles, **constants, num_warps=1, num_stages=1)
 
 
 # ---------------------------------------------------------------------------------------------- the head, in chunks

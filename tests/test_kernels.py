@@ -563,7 +563,7 @@ def test_no_grad_gives_the_same_loss_and_forms_no_gradient(impl, monkeypatch):
     hidden, weight, *ref, targets = make_head(20, 16, 500)
     extras = grpo_extras(hidden, weight, targets, 1.0)
     loss, _ = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, impl=impl)
-    monkeypatch.setattr(kernels, f"_backward_{impl}", None)
+    monkeypatch.setattr(kernels, "_backward", None)
     with torch.no_grad():
         again, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, impl=impl)
     assert torch.equal(loss.detach(), again) and not again.requires_grad

@@ -28,7 +28,7 @@ except ImportError as error:  # no triton: nothing to compile
     import_error = error
 
 pytestmark = pytest.mark.skipif(import_error is not None, reason=f"{import_error}")
-FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32", "TARGET_XY": "*fp32"}
+FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32"}
 BACKWARD_POINTERS = {"TARGETS": "*i64", "FACTORS": "*fp32"}
 INTEGERS = dict.fromkeys("stride_x stride_y stride_dx num_rows V tiles".split(), "i32")
 
