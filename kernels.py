@@ -70,7 +70,8 @@ class _Options(NamedTuple):
     def scale(self, logits: Tensor) -> Tensor:
         if self.impl == "torch":
             return scaled_logits(logits, self.temperature, self.softcap)
-        return scaled_logits(logits, softcap=self.softcap) * (1 / math.log(2) / self.temperature)  # as the kernels do
+        # rounded as in the kernels, or else a sure token would not have a logp of 0
+        return scaled_logits(logits, softcap=self.softcap) * (1 / math.log(2) / self.temperature)
 
     @property
     def unit(self) -> float:
@@ -106,7 +107,7 @@ def token_stats(
     lets the backward write the gradient over the logits. Truncated sampling (top-p, top-k, min-p) is not modelled
     here: mask the same logits with -inf, or refuse it. A logit of -inf has probability 0 (a soft cap would make it
     finite); where only the reference has none, kl is +inf (if p > 1e-18; huge below); a row of nothing but -inf gives
-    NaN. ValueError for wrong input.
+    NaN. `impl` is 'torch' or 'triton'; without it, what SESA_KERNELS says, or else torch. ValueError for wrong input.
 
     >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), ref_logits=torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     >>> [round(x.item(), 4) for x in stats]                     # ln(1/4), ln 4, ln((3 + e) / 4) - 1/4, -ln(3 + e)
@@ -268,7 +269,8 @@ def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor
 
 def _logp(logits: Tensor, top: Tensor, mass: Tensor, targets: Tensor, options: _Options) -> Tensor:
     chosen = options.scale(logits.gather(1, _index(targets, logits))[:, 0])  # [N]
-    chosen = chosen.masked_fill(targets >= logits.shape[1], torch.nan)  # only on a GPU: a CPU has raised before
+    # only on a GPU: a CPU has raised before
+    chosen = chosen.masked_fill(targets >= logits.shape[1], torch.nan)
     return ((chosen - top) * options.unit - mass.log()).clamp_(max=0.0)
 
 
@@ -417,10 +419,12 @@ def _forward_kernel(
     temperature: tl.constexpr, softcap: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): one pass over `tiles` tiles of a row that is not ignored, to six partial sums."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 after 14,000 rows of 152k logits
+    # row * stride passes 2^31 after 14,000 rows of 152k logits
+    row = tl.program_id(0).to(tl.int64)
     if tl.load(TARGETS + row) < 0:
         return
-    scale: tl.constexpr = _LOG2E / temperature  # as an argument, torch.compile would make it fp64
+    # as an argument, torch.compile would make it fp64
+    scale: tl.constexpr = _LOG2E / temperature
     X += row * stride_x
     if Y is not None:
         Y += row * stride_y
@@ -428,10 +432,12 @@ def _forward_kernel(
     end = tl.minimum(begin + tiles * BLOCK, V)
     whole = begin + (end - begin) // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
-    sums = (-1.0e30, 0.0, 0.0, -1.0e30, 0.0, 0.0)  # finite, so that no difference of maxima is NaN
+    # finite, so that no difference of maxima is NaN
+    sums = (-1.0e30, 0.0, 0.0, -1.0e30, 0.0, 0.0)
     for start in range(begin, whole, BLOCK):
         sums = _absorb(sums, X, Y, start + lane, end, scale, softcap, False)
-    if whole < end:  # the ragged tail, peeled off: the loop needs no masks
+    # the ragged tail, peeled off: the loop needs no masks
+    if whole < end:
         sums = _absorb(sums, X, Y, whole + lane, end, scale, softcap, True)
     PARTS += tl.program_id(1).to(tl.int64) * 6 * num_rows + row  # [splits, 6, N]
     for i in tl.static_range(6):
@@ -540,14 +546,16 @@ def _in_chunks(
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
     parts = []
-    for begin in range(0, max(1, len(targets)), options.chunk_size):  # an empty chunk if there is no token
+    # an empty chunk if there is no token
+    for begin in range(0, max(1, len(targets)), options.chunk_size):
         rows = slice(begin, begin + options.chunk_size)
         x = head.logits(rows)  # [C, V]
         y = ref_head.logits(rows) if ref_head else None
         stats, moments = _forward(x, y, targets[rows], options)
         parts.append(stats)
         grads = gradients and gradients(stats, rows)
-        if any(needed):  # over the logits, if they have the dtype of the products
+        if any(needed):
+            # over the logits, if they have the dtype of the products
             d = x if x.dtype == head.dtype else torch.empty_like(x, dtype=head.dtype)
             _backward(x, y, targets[rows], moments, grads, options, d)
         if needed[0]:

@@ -36,7 +36,7 @@ import heapq
 import inspect
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -145,7 +145,8 @@ class Sampler:
         self._vocab = len(self._head.weight)
         self._scale, self._softcap = output_scaling(model.config)
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        window = getattr(model.config, "sliding_window", None) or math.inf  # up to there a window hides nothing
+        # up to there a window hides nothing
+        window = getattr(model.config, "sliding_window", None) or math.inf
         self.max_positions, self._limit = min((positions, "positions"), (window, "tokens in its sliding window"))
         self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
@@ -235,7 +236,7 @@ class Sampler:
         waiting, active = deque(), []  # drafts
         try:
             while requests:
-                for i in [i for i, drafts in requests.items() if all(draft.finish_reason for draft in drafts or ())]:
+                for i in [i for i, drafts in requests.items() if all(d.finish_reason for d in drafts or ())]:
                     try:
                         requests[i] = self._resume(programs[i], requests[i])
                         waiting.extend(requests[i])
@@ -453,7 +454,8 @@ class Sampler:
         ways = [self._twin_states]
         with contextlib.suppress(AttributeError):
             ways = [LlamaDecoder(twin.base_model).forward, *ways]
-        for self._decode in ways:  # ours if it agrees, or else the model's own
+        # ours if it agrees, or else the model's own
+        for self._decode in ways:
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
@@ -520,7 +522,8 @@ def draw_tokens(
     if temperature:
         running = probs.cumsum(-1, dtype=torch.float64)
         ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
-        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
+        # only for a row of nan, which the caller refuses
+        ids.clamp_(max=probs.shape[-1] - 1)
     else:
         ids = scores.argmax(-1, keepdim=True)
     return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
@@ -639,7 +642,8 @@ class _Forward:
             for level, (ancestor, visible) in enumerate(segment.path()):
                 queries, seen = levels[level][ancestor]
                 queries += range(len(tokens), len(tokens) + len(places))
-                seen += [min(visible, place + 1 - ancestor.base) for place in places]  # a token sees up to itself
+                # a token sees up to itself
+                seen += [min(visible, place + 1 - ancestor.base) for place in places]
             tokens += segment.ids[segment.cached : stop]
             positions += places
             last[i] = len(tokens) - 1
@@ -709,12 +713,10 @@ class _Piece:
         device, width = self.slab.kv.device, self.slab.capacity
         most = max(len(queries) for _, queries, _ in entries)
         begins = {slot: i * most for i, slot in enumerate(places)}
-        tokens, owners, ends, back = [], [], [], []
-        for segment, queries, seen in entries:
-            tokens += queries
-            owners += [segment.slot] * len(queries)
-            ends += seen
-            back += range(begins[segment.slot], begins[segment.slot] + len(queries))
+        tokens = [token for _, queries, _ in entries for token in queries]
+        owners = [segment.slot for segment, queries, _ in entries for _ in queries]
+        ends = [count for _, _, seen in entries for count in seen]
+        back = [begins[segment.slot] + i for segment, queries, _ in entries for i in range(len(queries))]
         spread = dict.fromkeys(range(len(places) * most), 0)  # places without a query repeat the first one
         spread |= {place: i for i, place in enumerate(back)}
         self.shape = len(places), most, self.slab.kv.shape[3]  # F, M, J
@@ -834,7 +836,7 @@ class _Memory:
     def _grow(self, wanted: dict[int, int]) -> None:
         """Make slabs, so that there are as many free slots of each capacity as are wanted."""
         slots = {capacity: sum(len(slab.free) for slab in self.slabs[capacity]) for capacity in wanted}
-        missing = {capacity: count - slots[capacity] for capacity, count in wanted.items() if count > slots[capacity]}
+        missing = Counter(wanted) - Counter(slots)  # counts above 0
         planned = self.bytes + sum(count * capacity * self.token_bytes for capacity, count in missing.items())
         if planned > self.budget:
             raise _NoRoom(
