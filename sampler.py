@@ -232,7 +232,8 @@ class Sampler:
         """
         began, first_row, room = time.perf_counter(), self._next_row, self.max_rows
         results: list[Any] = [None] * len(programs)
-        requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))  # that programs wait for
+        # by program: the drafts that it waits for, None before it has begun
+        requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))
         waiting, active = deque(), []  # drafts
         try:
             while requests:
@@ -251,12 +252,11 @@ class Sampler:
                     if active:
                         self._draw(active)
                 except _NoRoom:
-                    if self._evict_one([draft.row for draft in active]):
-                        continue
-                    if len(active) == 1:
-                        raise
-                    waiting.appendleft(active.pop())
-                    room = len(active)  # no new rows until one has finished
+                    if not self._evict_one([draft.row for draft in active]):
+                        if len(active) == 1:
+                            raise
+                        waiting.appendleft(active.pop())
+                        room = len(active)  # no new rows until one has finished
         except BaseException:
             self._busy, self._forward = set(), None
             for program in programs:
@@ -268,7 +268,10 @@ class Sampler:
         return results
 
     def _resume(self, program: Program, drafts: list[_Draft] | None) -> list[_Draft]:
-        """Hand a program its completions (None begins it); returns the drafts of its next request."""
+        """Hand a program its completions (None begins it); returns the drafts of its next request.
+
+        StopIteration when the program has returned.
+        """
         self._busy.difference_update(draft.row for draft in drafts or ())
         completions = drafts and [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in drafts]
         rows, params, seeds = program.send(completions)
