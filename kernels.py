@@ -22,10 +22,8 @@ so one elementwise kernel and five saved numbers per row (m, s, <z>, n, <D>) ser
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -40,18 +38,18 @@ except ImportError:  # macOS, Windows: the torch path
     triton = None
 jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
 
-# Where impl="auto" goes on a GPU. The Triton kernels agree with float64 in the interpreter and compile for sm_80 and
-# sm_90a, but have not yet run on a GPU: until they have, they are used on request only (SESA_KERNELS=triton).
-AUTO_ON_GPU = "torch"
-
-BLOCK = 1024  # logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers
-ROW_PROGRAMS = 132 * 32  # one-warp programs that fill the 132 multiprocessors of an H100 or H200
+# Logits of a tile: one warp, 32 a lane, four 128-bit loads in bf16; more warps would pay for barriers.
+BLOCK = 1024
+# One-warp programs that fill the 132 multiprocessors of an H100 or H200.
+ROW_PROGRAMS = 132 * 32
 MAX_SPLITS = 64  # parts of a row, when there are too few rows
-LAUNCH = {"num_warps": 1, "num_stages": 1}
 
-LOWEST = -1.0e30  # z where p = 0: a product with it is 0, with -inf it would be NaN
-HIGHEST = 1.0e33  # D where the reference has no mass, for the same reason; V of them still add up to a finite number
-INFINITE = 1.0e15  # a KL above this can only stem from such a D: it is reported as +inf
+# z where p = 0: a product with it is 0, with -inf it would be NaN.
+LOWEST = -1.0e30
+# D where the reference has no mass, for the same reason; V of them still add up to a finite number.
+HIGHEST = 1.0e33
+# A KL above this can only stem from such a D: it is reported as +inf.
+INFINITE = 1.0e15
 
 
 class TokenStats(NamedTuple):
@@ -70,7 +68,10 @@ class _Options(NamedTuple):
     chunk_size: int
 
     def scale(self, logits: Tensor) -> Tensor:
-        return scaled_logits(logits, self.temperature, self.softcap)
+        if self.impl == "torch":
+            return scaled_logits(logits, self.temperature, self.softcap)
+        # rounded as in the kernels, or else a sure token would not have a logp of 0
+        return scaled_logits(logits, softcap=self.softcap) * (1 / math.log(2) / self.temperature)
 
     @property
     def unit(self) -> float:
@@ -97,7 +98,7 @@ def scaled_logits(logits: Tensor, temperature: float = 1.0, softcap: float = 0.0
 
 def token_stats(
     logits: Tensor, targets: Tensor, ref_logits: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, impl: str = "auto", inplace: bool = False,
+    temperature: float = 1.0, softcap: float = 0.0, impl: str | None = None, inplace: bool = False,
 ) -> TokenStats:  # fmt: skip
     """Log-prob of the target, entropy, exact KL(policy || reference) and reference log-prob of every row of logits.
 
@@ -106,7 +107,7 @@ def token_stats(
     lets the backward write the gradient over the logits. Truncated sampling (top-p, top-k, min-p) is not modelled
     here: mask the same logits with -inf, or refuse it. A logit of -inf has probability 0 (a soft cap would make it
     finite); where only the reference has none, kl is +inf (if p > 1e-18; huge below); a row of nothing but -inf gives
-    NaN. ValueError for wrong input.
+    NaN. `impl` is 'torch' or 'triton'; without it, what SESA_KERNELS says, or else torch. ValueError for wrong input.
 
     >>> stats = token_stats(torch.zeros(1, 4), torch.tensor([2]), ref_logits=torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
     >>> [round(x.item(), 4) for x in stats]                     # ln(1/4), ln 4, ln((3 + e) / 4) - 1/4, -ln(3 + e)
@@ -117,15 +118,15 @@ def token_stats(
              f"logits is {logits.dtype}, it must be float32, float16 or bfloat16: cast it")
     _require(ref_logits is None or ref_logits.shape == logits.shape,
              f"ref_logits must have the shape of logits, {tuple(logits.shape)}: same tokens, same vocabulary")
-    options = _Options(temperature, softcap, _choose(impl, logits.device), 0)
-    _check(options, targets, *logits.shape)
+    options = _options(targets, *logits.shape, temperature, softcap, impl)
+    logits, ref_logits = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (logits, ref_logits))
     return TokenStats(*_RowStats.apply(logits, ref_logits, targets, options, inplace))
 
 
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str = "auto",
+    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str | None = None,
 ) -> TokenStats:  # fmt: skip
     """`token_stats(hidden @ weight.T, ...)` without ever holding [N, V]: for any loss on top, through autograd.
 
@@ -137,16 +138,15 @@ def linear_token_stats(
     >>> round(linear_token_stats(hidden, weight, torch.tensor([0])).logp.item(), 4)                       # ln(1/2)
     -0.6931
     """
-    tensors = hidden, weight, ref_hidden, ref_weight
-    options = _linear_options(tensors, targets, temperature, softcap, chunk_size, impl)
-    return TokenStats(*_LinearStats.apply(*tensors, targets, options))
+    inputs = _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, chunk_size, impl)
+    return TokenStats(*_LinearStats.apply(*inputs))
 
 
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     loss_fn: Callable[..., Tensor], extras: Sequence[Tensor] = (),
     ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str = "auto",
+    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str | None = None,
 ) -> tuple[Tensor, TokenStats]:  # fmt: skip
     """The training default: loss = sum of loss_fn over chunks of tokens, and the detached stats of all tokens.
 
@@ -164,12 +164,26 @@ def linear_policy_loss(
     >>> loss.backward(); round(loss.item(), 4), hidden.grad                                              # 3 ln 2
     (2.0794, tensor([[ 0., -3.]]))
     """
-    tensors = hidden, weight, ref_hidden, ref_weight
-    options = _linear_options(tensors, targets, temperature, softcap, chunk_size, impl)
+    inputs = _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, chunk_size, impl)
     for i, extra in enumerate(extras):
         _require(extra.shape[:1] == targets.shape,
                  f"extras[{i}] has shape {tuple(extra.shape)}, it must begin with {len(targets)} tokens")
-    loss, *stats = _LinearLoss.apply(*tensors, targets, options, loss_fn, extras, torch.is_grad_enabled())
+    losses = []
+
+    def gradients(stats: list[Tensor], rows: slice) -> Sequence:
+        leaves = [x.detach().requires_grad_() for x in stats]
+        with torch.enable_grad():
+            loss = loss_fn(TokenStats(*leaves), *(extra[rows] for extra in extras))
+        _require(loss.ndim == 0, f"loss_fn returned shape {tuple(loss.shape)}, it must return a sum over its tokens")
+        losses.append(loss.detach())
+        if not loss.requires_grad:
+            return [None] * len(leaves)
+        return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    needed = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    with torch.no_grad():
+        stats, grads = _in_chunks(*inputs, gradients, needed)
+    loss = _WithGradients.apply(torch.stack(losses).sum().float(), grads, hidden, weight)
     return loss, TokenStats(*stats)
 
 
@@ -181,8 +195,8 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _linear_options(tensors, targets, temperature, softcap, chunk_size, impl) -> _Options:
-    hidden, weight, ref_hidden, ref_weight = tensors
+def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature, softcap, chunk_size, impl) -> tuple:
+    """Checked: the tensors and the options, as `_in_chunks` takes them."""
     _require((ref_hidden is None) == (ref_weight is None), "ref_hidden and ref_weight: give both or neither")
     for name, h, w in (("", hidden, weight), ("ref_", ref_hidden, ref_weight)):
         if h is None:
@@ -197,13 +211,11 @@ def _linear_options(tensors, targets, temperature, softcap, chunk_size, impl) ->
         # GPUs want products of thousands of tokens; for a CPU 512 are enough, or 8 MB of logits
         chunk_size = 4096 if hidden.is_cuda else max(512, 2**21 // max(1, len(weight)))
     _require(chunk_size > 0, f"chunk_size is {chunk_size}, it must be at least 1 token")
-    options = _Options(temperature, softcap, _choose(impl, hidden.device), chunk_size)
-    _check(options, targets, len(hidden), len(weight))
-    return options
+    options = _options(targets, len(hidden), len(weight), temperature, softcap, impl, chunk_size)
+    return hidden, weight, ref_hidden, ref_weight, targets, options
 
 
-def _check(options: _Options, targets: Tensor, n: int, v: int) -> None:
-    temperature, softcap = options[:2]
+def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Options:
     _require(temperature > 0, f"temperature is {temperature}, it must be above 0: 1.0 is the model's own distribution")
     _require(softcap >= 0, f"softcap is {softcap}, it must be 0 (off) or above")
     _require(v > 0, "the vocabulary is empty: check the head")
@@ -212,33 +224,18 @@ def _check(options: _Options, targets: Tensor, n: int, v: int) -> None:
     # a GPU would have to be waited for: there, a logp of NaN is what gives a wrong id away
     _require(targets.is_cuda or n == 0 or bool(targets.max() < v),
              f"targets holds an id that is not below the vocabulary size {v}: use the model's own tokenizer")
+    return _Options(temperature, softcap, _choose(impl, targets.device), chunk_size)
 
 
-def _choose(impl: str, device: torch.device) -> str:
-    """The one switch between torch and Triton: the argument, else SESA_KERNELS, else torch on a CPU, AUTO_ON_GPU."""
-    wish = os.environ.get("SESA_KERNELS", "auto") if impl == "auto" else impl
-    _require(wish in ("auto", "torch", "triton"), f"impl or SESA_KERNELS is {wish!r}: use 'auto', 'torch' or 'triton'")
-    if wish == "auto":
-        wish = AUTO_ON_GPU if device.type == "cuda" else "torch"
-        if device.type == "cuda" and wish == "torch":
-            _say_once("plain torch on a GPU, as the Triton kernels have not run on one yet; "
-                      "SESA_KERNELS=triton tries them")
-    if wish == "torch" or triton_runs(device):
-        return wish
+def _choose(impl: str | None, device: torch.device) -> str:
+    """The one switch: the argument, else SESA_KERNELS, else torch. The Triton kernels agree with float64 in the
+    interpreter and compile for sm_80 and sm_90a, but have not yet run on a GPU: so they are used on request only."""
+    impl = impl or os.environ.get("SESA_KERNELS") or "torch"
+    _require(impl in ("torch", "triton"), f"impl or SESA_KERNELS is {impl!r}: use 'torch' or 'triton'")
+    runs = triton and (device.type == "cuda" or not isinstance(_forward_kernel, triton.JITFunction))  # interpreted
     problem = f"the tensors are on {device.type!r}, not on a GPU" if triton else "the triton package is not installed"
-    _require(impl != "triton", f"impl is 'triton' but {problem}: use 'auto' or 'torch'")
-    _say_once(f"plain torch instead of Triton: {problem}")
-    return "torch"
-
-
-def triton_runs(device: torch.device) -> bool:
-    """Whether Triton kernels can be used on tensors of `device`: a GPU, or TRITON_INTERPRET=1 at the import."""
-    return bool(triton) and (device.type == "cuda" or not isinstance(_forward_kernel, triton.JITFunction))
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    warnings.warn(f"kernels: {line}", stacklevel=5)
+    _require(impl == "torch" or runs, f"impl or SESA_KERNELS is 'triton' but {problem}: use 'torch'")
+    return impl
 
 
 # ---------------------------------------------------------------------------------------------------- rows of logits
@@ -247,9 +244,11 @@ def _say_once(line: str) -> None:
 def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor]:
     """logp, entropy and, with a reference, kl and ref_logp, [N] each; and what the backward needs: moments fp32
     [5, N], which are m, s, <z>, n and <D>."""
-    sums = _sums_triton if options.impl == "triton" else _sums_torch
-    parts, chosen = sums(logits, ref_logits, targets, options)  # [P, 6, N], [2, N]
-    chosen.masked_fill_(targets >= logits.shape[1], torch.nan)  # only on a GPU: a CPU has raised before
+    if options.impl == "triton":  # in bits, and in as many parts as there are splits of a row
+        parts = torch.zeros(_split(*logits.shape)[1], 6, len(logits), device=logits.device)
+        _launch(_forward_kernel, options, logits, ref_logits, targets, parts)
+    else:
+        parts = _sums_torch(logits, ref_logits, targets, options)  # [P, 6, N]
     m_parts, s_parts, sz_parts, n_parts, r_parts, sd_parts = parts.unbind(1)  # [P, N]
     m, n = m_parts.amax(0), n_parts.amax(0)  # [N]
     dm, dn = m_parts - m, n_parts - n
@@ -257,19 +256,26 @@ def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor
     s = (a * s_parts).sum(0)
     mean_z = (a * (sz_parts + dm * s_parts)).sum(0) / s
     mean_d = (a * (sd_parts + (dm - dn) * s_parts)).sum(0) / s
-    stats = [_logp(chosen[0] - m, s, options), s.log() - mean_z * options.unit]
+    stats = [_logp(logits, m, s, targets, options), s.log() - mean_z * options.unit]
     if ref_logits is not None:
         r = ((dn * options.unit).exp() * r_parts).sum(0)
         kl = mean_d * options.unit + (r / s).log()
         kl.clamp_(min=0.0)  # rounding leaves +-1e-7 around 0
         kl.masked_fill_(kl > INFINITE, torch.inf)
         kl.masked_fill_(r == 0, torch.nan)  # a reference row of nothing but -inf
-        stats += [kl, _logp(chosen[1] - n, r, options)]
+        stats += [kl, _logp(ref_logits, n, r, targets, options)]
     return [x.masked_fill_(targets < 0, 0.0) for x in stats], torch.stack([m, s, mean_z, n, mean_d])
 
 
-def _logp(z: Tensor, mass: Tensor, options: _Options) -> Tensor:
-    return (z * options.unit - mass.log()).clamp_(max=0.0)
+def _logp(logits: Tensor, top: Tensor, mass: Tensor, targets: Tensor, options: _Options) -> Tensor:
+    chosen = options.scale(logits.gather(1, _index(targets, logits))[:, 0])  # [N]
+    # only on a GPU: a CPU has raised before
+    chosen = chosen.masked_fill(targets >= logits.shape[1], torch.nan)
+    return ((chosen - top) * options.unit - mass.log()).clamp_(max=0.0)
+
+
+def _index(targets: Tensor, logits: Tensor) -> Tensor:
+    return targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
 
 
 def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None:
@@ -284,8 +290,10 @@ def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None
     if grads[2] is None:
         ref_logits, mean_d = None, 0.0
     factors = torch.stack([m, n, -g / s - b * mean_z - c * mean_d, b, c, g])
-    backward = _backward_triton if options.impl == "triton" else _backward_torch
-    backward(logits, ref_logits, targets, factors, grads[1] is not None, options, out)
+    if options.impl == "triton":
+        _launch(_backward_kernel, options, logits, ref_logits, targets, factors, out)
+    else:
+        _backward_torch(logits, ref_logits, targets, factors, grads[1] is not None, options, out)
 
 
 class _RowStats(torch.autograd.Function):
@@ -325,30 +333,26 @@ def _difference(z: Tensor, w: Tensor) -> Tensor:
     return torch.sub(z, w, out=w).clamp_(max=HIGHEST)  # [C, V], over w
 
 
-def _sums_torch(logits, ref_logits, targets, options) -> tuple[Tensor, Tensor]:
-    """Sums fp32 [1, 6, N]: m, s, sum e z, n, r, sum e D; and t and u of the target, [2, N]."""
+def _sums_torch(logits, ref_logits, targets, options) -> Tensor:
+    """Sums fp32 [1, 6, N]: m, s, sum e z, n, r, sum e D."""
     sums = torch.zeros(1, 6, len(logits), device=logits.device)
-    chosen = torch.zeros(2, len(logits), device=logits.device)
-    index = targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
     for rows in _blocks(logits):
         t = options.scale(logits[rows])  # [C, V]
-        chosen[0, rows] = t.gather(1, index[rows])[:, 0]
         m = t.amax(-1)  # [C]
         z = (t - m[:, None]).clamp_(min=LOWEST)  # [C, V]
         e = z.exp()  # [C, V]
         block = [m, e.sum(-1), (e * z).sum(-1)]
         if ref_logits is not None:
             u = options.scale(ref_logits[rows])  # [C, V]
-            chosen[1, rows] = u.gather(1, index[rows])[:, 0]
             n = u.amax(-1)  # [C]
             w = u - n[:, None]  # [C, V]
             block += [n, w.exp().sum(-1), e.mul_(_difference(z, w)).sum(-1)]
         sums[0, : len(block), rows] = torch.stack(block)
-    return sums, chosen
+    return sums
 
 
 def _backward_torch(logits, ref_logits, targets, factors, entropy, options, out) -> None:
-    index = targets.clamp(0, logits.shape[1] - 1).long()[:, None]  # [N, 1]
+    index = _index(targets, logits)
     for rows in _blocks(logits):
         m, n, a, b, c, g = factors[:, rows, None]  # [C, 1]
         t = options.scale(logits[rows])  # [C, V]
@@ -410,16 +414,17 @@ def _absorb(sums, X, Y, columns, end, scale, softcap: tl.constexpr, MASKED: tl.c
 
 @jit
 def _forward_kernel(
-    X, Y, TARGETS, PARTS, TARGET_XY,
+    X, Y, TARGETS, PARTS,
     stride_x, stride_y, num_rows, V, tiles,
     temperature: tl.constexpr, softcap: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split): one pass over `tiles` tiles of a row; six partial sums, and the target's logit if here."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 after 14,000 rows of 152k logits
-    target = tl.load(TARGETS + row)
-    if target < 0:
+    """Program (row, split): one pass over `tiles` tiles of a row that is not ignored, to six partial sums."""
+    # row * stride passes 2^31 after 14,000 rows of 152k logits
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(TARGETS + row) < 0:
         return
-    scale: tl.constexpr = _LOG2E / temperature  # as an argument, torch.compile would make it fp64
+    # as an argument, torch.compile would make it fp64
+    scale: tl.constexpr = _LOG2E / temperature
     X += row * stride_x
     if Y is not None:
         Y += row * stride_y
@@ -427,35 +432,27 @@ def _forward_kernel(
     end = tl.minimum(begin + tiles * BLOCK, V)
     whole = begin + (end - begin) // BLOCK * BLOCK
     lane = tl.arange(0, BLOCK)
-    low = -1.0e30  # finite, so that no difference of maxima is NaN
-    sums = (low, 0.0, 0.0, low, 0.0, 0.0)
+    # finite, so that no difference of maxima is NaN
+    sums = (-1.0e30, 0.0, 0.0, -1.0e30, 0.0, 0.0)
     for start in range(begin, whole, BLOCK):
         sums = _absorb(sums, X, Y, start + lane, end, scale, softcap, False)
-    if whole < end:  # the ragged tail, peeled off: the loop needs no masks
+    # the ragged tail, peeled off: the loop needs no masks
+    if whole < end:
         sums = _absorb(sums, X, Y, whole + lane, end, scale, softcap, True)
     PARTS += tl.program_id(1).to(tl.int64) * 6 * num_rows + row  # [splits, 6, N]
     for i in tl.static_range(6):
         tl.store(PARTS + i * num_rows, sums[i])
-    if (target >= begin) & (target < end):
-        tl.store(TARGET_XY + row, _load(X, target, end, softcap, False) * scale)
-        if Y is not None:
-            tl.store(TARGET_XY + num_rows + row, _load(Y, target, end, softcap, False) * scale)
 
 
 @jit
-def _write(
-    X, Y, DX, columns, end, target, factors, scale,
-    ENTROPY: tl.constexpr, softcap: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _write(X, Y, DX, columns, end, target, factors, scale, softcap: tl.constexpr, MASKED: tl.constexpr):
     """One tile of dx = e (a + b z + c D) + g 1{target}, times the slope of the soft cap."""
     m, n, a, b, c, g = factors
     x = _load(X, columns, end, softcap, MASKED)  # [BLOCK]
     z = x * scale - m
     e = tl.exp2(z)
     z = tl.maximum(z, _LOWEST)
-    f = a
-    if ENTROPY:
-        f = f + b * z
+    f = a + b * z
     if Y is not None:
         w = _load(Y, columns, end, softcap, MASKED) * scale - n
         f = f + c * tl.minimum(z - w, _HIGHEST)
@@ -469,8 +466,8 @@ def _write(
 @jit
 def _backward_kernel(
     X, Y, TARGETS, FACTORS, DX,
-    stride_x, stride_y, stride_dx, num_rows, V, tiles, temperature: tl.constexpr,
-    softcap: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    stride_x, stride_y, stride_dx, num_rows, V, tiles,
+    temperature: tl.constexpr, softcap: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split): elementwise from the row's factors [6, N], so DX may be X."""
     row = tl.program_id(0).to(tl.int64)
@@ -489,18 +486,12 @@ def _backward_kernel(
     if Y is not None:
         Y += row * stride_y
     scale: tl.constexpr = _LOG2E / temperature
-    m = tl.load(FACTORS)
-    n = tl.load(FACTORS + num_rows)
-    a = tl.load(FACTORS + 2 * num_rows)
-    b = tl.load(FACTORS + 3 * num_rows)
-    c = tl.load(FACTORS + 4 * num_rows)
-    g = tl.load(FACTORS + 5 * num_rows)
-    factors = (m, n, a, b, c, g)
+    factors = [tl.load(FACTORS + i * num_rows) for i in (0, 1, 2, 3, 4, 5)]
     whole = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, whole, BLOCK):
-        _write(X, Y, DX, start + lane, end, target, factors, scale, ENTROPY, softcap, False)
+        _write(X, Y, DX, start + lane, end, target, factors, scale, softcap, False)
     if whole < end:
-        _write(X, Y, DX, whole + lane, end, target, factors, scale, ENTROPY, softcap, True)
+        _write(X, Y, DX, whole + lane, end, target, factors, scale, softcap, True)
 
 
 def _split(num_rows: int, vocab: int) -> tuple[int, int]:
@@ -510,31 +501,14 @@ def _split(num_rows: int, vocab: int) -> tuple[int, int]:
     return each, triton.cdiv(tiles, each)
 
 
-def _launch(kernel, logits, ref_logits, targets, buffers, out, options, **flags) -> None:
+def _launch(kernel, options, logits, ref_logits, targets, buffer, *out) -> None:
     """One program for each row and each of its splits; logits and `out` may have rows of any stride."""
-    x, y = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (logits, ref_logits))
-    tensors = [x, y, targets.contiguous(), *buffers, *out]
-    strides = [0 if rows is None else rows.stride(0) for rows in (x, y, *out)]
-    tiles, splits = _split(*x.shape)
-    with torch.cuda.device_of(x):
-        kernel[len(x), splits](*tensors, *strides, *x.shape, tiles, options.temperature, options.softcap,
-                               BLOCK=BLOCK, **flags, **LAUNCH)
-
-
-def _sums_triton(logits, ref_logits, targets, options) -> tuple[Tensor, Tensor]:
-    """As `_sums_torch`, in bits and in as many parts as there are splits of a row."""
-    n = len(logits)
-    parts = torch.zeros(_split(*logits.shape)[1], 6, n, device=logits.device)
-    chosen = torch.zeros(2, n, device=logits.device)
-    _launch(_forward_kernel, logits, ref_logits, targets, [parts, chosen], [], options)
-    return parts, chosen
-
-
-def _backward_triton(logits, ref_logits, targets, factors, entropy, options, out) -> None:
-    dx = out if out.stride(1) == 1 else out.contiguous()
-    _launch(_backward_kernel, logits, ref_logits, targets, [factors], [dx], options, ENTROPY=entropy)
-    if dx is not out:
-        out.copy_(dx)
+    strides = [0 if rows is None else rows.stride(0) for rows in (logits, ref_logits, *out)]
+    tiles, splits = _split(*logits.shape)
+    tensors = logits, ref_logits, targets.contiguous(), buffer, *out
+    constants = dict(temperature=options.temperature, softcap=options.softcap, BLOCK=BLOCK)
+    with torch.cuda.device_of(logits):
+        kernel[len(logits), splits](*tensors, *strides, *logits.shape, tiles, **constants, num_warps=1, num_stages=1)
 
 
 # ---------------------------------------------------------------------------------------------- the head, in chunks
@@ -557,30 +531,31 @@ class _Head:
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out = a @ b, or out += a @ b, with fp32 `out` whatever the inputs are (and autocast leaves `out=` alone)."""
     dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        return torch.addmm(out, a, b, **dtype, out=out)
-    return torch.mm(a, b, **dtype, out=out)
+    return torch.addmm(out, a, b, beta=int(add), **dtype, out=out)
 
 
-def _in_chunks(tensors, targets, options, gradients=None, needed=(False, False)) -> tuple:
+def _in_chunks(
+    hidden, weight, ref_hidden, ref_weight, targets, options, gradients=None, needed=(False, False)
+) -> tuple:
     """The one loop over chunks of tokens: the stats of all, and fp32 gradients of hidden and weight where needed.
 
     gradients(stats of the chunk, its rows) -> the gradients [C] of logp, entropy and kl, or None for each.
     """
-    hidden, weight, ref_hidden, ref_weight = tensors
     head = _Head(hidden, weight, options.chunk_size)
     ref_head = ref_hidden is not None and _Head(ref_hidden, ref_weight, options.chunk_size)
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
     parts = []
-    for begin in range(0, max(1, len(targets)), options.chunk_size):  # an empty chunk if there is no token
+    # an empty chunk if there is no token
+    for begin in range(0, max(1, len(targets)), options.chunk_size):
         rows = slice(begin, begin + options.chunk_size)
         x = head.logits(rows)  # [C, V]
         y = ref_head.logits(rows) if ref_head else None
         stats, moments = _forward(x, y, targets[rows], options)
         parts.append(stats)
         grads = gradients and gradients(stats, rows)
-        if any(needed):  # over the logits, if they have the dtype of the products
+        if any(needed):
+            # over the logits, if they have the dtype of the products
             d = x if x.dtype == head.dtype else torch.empty_like(x, dtype=head.dtype)
             _backward(x, y, targets[rows], moments, grads, options, d)
         if needed[0]:
@@ -593,58 +568,33 @@ def _in_chunks(tensors, targets, options, gradients=None, needed=(False, False))
 
 class _LinearStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, targets, options):
-        tensors = hidden, weight, ref_hidden, ref_weight
-        ctx.save_for_backward(*tensors, targets)
-        ctx.options = options
-        return _outputs(ctx, _in_chunks(tensors, targets, options)[0])
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5]
+        return _outputs(ctx, _in_chunks(*inputs)[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        *tensors, targets = ctx.saved_tensors
-        if len(grads) == 4 and grads[2] is None:  # no use for the reference
-            tensors[2:] = None, None
-
         def gradients(_, rows):
             return [grad if grad is None else grad[rows] for grad in grads]
 
-        _, out = _in_chunks(tensors, targets, ctx.options, gradients, ctx.needs_input_grad[:2])
+        _, out = _in_chunks(*ctx.saved_tensors, ctx.options, gradients, ctx.needs_input_grad[:2])
         return *out, None, None, None, None
 
 
-class _LinearLoss(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients with respect to hidden and weight are known."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, targets, options, loss_fn, extras, train):
-        losses = []
-
-        def gradients(stats, rows):
-            loss, grads = _loss_and_gradients(loss_fn, stats, [extra[rows] for extra in extras])
-            losses.append(loss)
-            return grads
-
-        tensors = hidden, weight, ref_hidden, ref_weight
-        needed = [train and need for need in ctx.needs_input_grad[:2]]
-        stats, ctx.grads = _in_chunks(tensors, targets, options, gradients, needed)
-        ctx.mark_non_differentiable(*stats)
-        ctx.set_materialize_grads(False)
-        return torch.stack(losses).sum().float(), *stats
+    def forward(ctx, loss, grads, hidden, weight):
+        ctx.grads = grads
+        return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_loss, *_):
+    def backward(ctx, g_loss):
         if ctx.grads is None:
             raise RuntimeError("linear_policy_loss gave its gradients to the first backward: compute the loss again")
         grads, ctx.grads = ctx.grads, None
-        return *(d if d is None else d.mul_(g_loss) for d in grads), *[None] * 7
-
-
-def _loss_and_gradients(loss_fn, stats: list[Tensor], extras: list[Tensor]) -> tuple[Tensor, Sequence]:
-    """The chunk's loss, and its gradients with respect to the stats, [C] or None."""
-    leaves = [x.detach().requires_grad_() for x in stats]
-    with torch.enable_grad():
-        loss = loss_fn(TokenStats(*leaves), *extras)
-    _require(loss.ndim == 0, f"loss_fn returned shape {tuple(loss.shape)}, it must return a sum over its tokens")
-    if not loss.requires_grad:
-        return loss, [None] * len(leaves)
-    return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+        return None, None, *(d if d is None else d.mul_(g_loss) for d in grads)

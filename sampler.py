@@ -36,27 +36,28 @@ import heapq
 import inspect
 import math
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kernels import scaled_logits
 
-ATTENTION = "sesa_tree"  # our name in transformers' public registry of attention functions
+# our name in transformers' public registry of attention functions
+ATTENTION = "sesa_tree"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn: temperature, then top-k, top-p and min-p (each on what the one before it left).
 
-    temperature 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. A row ends at a stop id of the sampler, at a
-    text of `stop`, or after `max_new_tokens`.
+    temperature 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 are off. A row ends at a stop id of the sampler or after
+    `max_new_tokens`.
     """
 
     temperature: float = 1.0
@@ -64,7 +65,6 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         for holds, name, rule in [
@@ -73,7 +73,6 @@ class SamplingParams:
             (self.top_k >= 0, "top_k", "must be >= 0 (0 is off)"),
             (0 <= self.min_p < 1, "min_p", "must be in [0, 1) (0 is off)"),
             (self.max_new_tokens >= 1, "max_new_tokens", "must be >= 1"),
-            (not isinstance(self.stop, str) and all(self.stop), "stop", "must be a tuple of non-empty texts"),
         ]:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {rule}")
@@ -94,11 +93,14 @@ class Stats:
 
     prefill_tokens: int = 0  # given tokens that went through a forward
     decode_tokens: int = 0  # sampled tokens that went through a forward
-    generated_tokens: int = 0  # sampled tokens, the last one of each row included (it is computed only if needed)
+    # sampled tokens, the last one of each row included (it is computed only if needed)
+    generated_tokens: int = 0
     decode_steps: int = 0  # times that a token was drawn for every running row
     forwards: int = 0
-    evictions: int = 0  # rows whose keys and values were given up because the memory budget was full
-    seconds: float = 0.0  # inside `run` and `sample`, the programs' own time included
+    # rows whose keys and values were given up because the memory budget was full
+    evictions: int = 0
+    # inside `run` and `sample`, the programs' own time included
+    seconds: float = 0.0
 
 
 Program = Generator[tuple[Sequence[int], SamplingParams, Sequence[int]], list[Completion], Any]
@@ -108,8 +110,8 @@ class Sampler:
     """Prefill, extend, sample, fork, rewind, release for a transformers causal LM with full attention.
 
     model: Llama, Qwen2, Qwen2.5, Qwen3, SmolLM and the like; any dtype; its weights are shared, nothing else.
-    stop_ids: token ids that end a row. pad_id: not used, since nothing is ever padded; so pad == eos is harmless.
-    decode: ids -> text, needed for `SamplingParams.stop` only. max_rows: rows decoded at once, more of them wait.
+    stop_ids: token ids that end a row; nothing is ever padded, so pad == eos is harmless.
+    max_rows: rows decoded at once, more of them wait.
     memory_gb: budget for keys and values; rows that do not fit wait, and are computed again when they come back.
     max_forward_tokens: longer prefills are cut into several forwards.
     share_from: a fork of fewer tokens than this copies them instead of sharing (one attention call less per layer).
@@ -130,13 +132,12 @@ class Sampler:
     """
 
     def __init__(
-        self, model: torch.nn.Module, stop_ids: Iterable[int], pad_id: int | None = None,
-        decode: Callable[[list[int]], str] | None = None, max_rows: int = 256,
+        self, model: torch.nn.Module, stop_ids: Iterable[int], max_rows: int = 256,
         memory_gb: float | None = None, max_forward_tokens: int = 4096, share_from: int = 33,
     ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
-        self.stop_ids, self.decode = frozenset(stop_ids), decode
+        self.stop_ids = frozenset(stop_ids)
         self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
         self.share_from = 0  # so that the check shares
         self._twin = _make_twin(model)
@@ -144,13 +145,15 @@ class Sampler:
         self._vocab = len(self._head.weight)
         self._scale, self._softcap = output_scaling(model.config)
         positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-        window = getattr(model.config, "sliding_window", None) or math.inf  # up to there a window hides nothing
+        # up to there a window hides nothing
+        window = getattr(model.config, "sliding_window", None) or math.inf
         self.max_positions, self._limit = min((positions, "positions"), (window, "tokens in its sliding window"))
         self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
         self._busy: set[int] = set()  # rows in a running batch
         self._next_row = 0
-        self._forward: _Forward | None = None  # the last forward, kept for as long as its rows decode in step
+        # the last forward, kept for as long as its rows decode in step
+        self._forward: _Forward | None = None
         self.stats = Stats()
         self._check_model()
         self.share_from, self.stats = share_from, Stats()
@@ -227,63 +230,57 @@ class Sampler:
         and what it yields next joins the batch. Returns what each program returned. If anything is raised (Ctrl-C
         included) the programs are closed and the rows made since the call are released.
         """
-        began, first_row = time.perf_counter(), self._next_row
-        jobs = [_Job(program) for program in programs]
-        waiting: deque[_Draft] = deque()
-        active: list[_Draft] = []
-        room = self.max_rows
+        began, first_row, room = time.perf_counter(), self._next_row, self.max_rows
+        results: list[Any] = [None] * len(programs)
+        # by program: the drafts that it waits for, None before it has begun
+        requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))
+        waiting, active = deque(), []  # drafts
         try:
-            for job in jobs:
-                waiting.extend(self._resume(job))
-            while waiting or active:
+            while requests:
+                for i in [i for i, drafts in requests.items() if all(d.finish_reason for d in drafts or ())]:
+                    try:
+                        requests[i] = self._resume(programs[i], requests[i])
+                        waiting.extend(requests[i])
+                    except StopIteration as stop:
+                        results[i] = stop.value
+                        del requests[i]
+                if any(draft.finish_reason for draft in active):
+                    room, active = self.max_rows, [draft for draft in active if not draft.finish_reason]
                 while waiting and len(active) < room:
                     active.append(waiting.popleft())
                 try:
-                    self._draw(active)
+                    if active:
+                        self._draw(active)
                 except _NoRoom:
                     if not self._evict_one([draft.row for draft in active]):
                         if len(active) == 1:
                             raise
                         waiting.appendleft(active.pop())
                         room = len(active)  # no new rows until one has finished
-                    continue
-                if any(draft.finish_reason for draft in active):
-                    room, active = self.max_rows, [draft for draft in active if not draft.finish_reason]
-                    for job in jobs:
-                        if job.drafts and all(draft.finish_reason for draft in job.drafts):
-                            waiting.extend(self._resume(job))
         except BaseException:
-            for job in jobs:
-                self._busy.difference_update(draft.row for draft in job.drafts)
-                job.program.close()
-            self._forward = None
+            self._busy, self._forward = set(), None
+            for program in programs:
+                program.close()
             self.release([row for row in self._rows if row >= first_row])
             raise
         finally:
             self.stats.seconds += time.perf_counter() - began
-        return [job.result for job in jobs]
+        return results
 
-    def _resume(self, job: _Job) -> list[_Draft]:
-        """Hand a program its completions; returns the drafts of its next request (none when it has returned)."""
-        completions = [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in job.drafts] or None
-        self._busy.difference_update(draft.row for draft in job.drafts)
-        job.drafts = []
-        while not job.drafts:  # a request for no rows is complete at once
-            try:
-                rows, params, seeds = job.program.send(completions)  # None begins it
-            except StopIteration as stop:
-                job.result = stop.value
-                return []
-            completions = []
-            if len(rows) != len(seeds):
-                raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
-            if params.stop and self.decode is None:
-                raise ValueError("stop texts need Sampler(decode=...), a function from ids to text")
-            for row, seed in zip(rows, seeds, strict=True):
-                self._check_length(row, params)
-                job.drafts.append(_Draft(job, row, params, stream(int(seed))))
-                self._busy.add(row)
-        return job.drafts
+    def _resume(self, program: Program, drafts: list[_Draft] | None) -> list[_Draft]:
+        """Hand a program its completions (None begins it); returns the drafts of its next request.
+
+        StopIteration when the program has returned.
+        """
+        self._busy.difference_update(draft.row for draft in drafts or ())
+        completions = drafts and [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in drafts]
+        rows, params, seeds = program.send(completions)
+        if len(rows) != len(seeds):
+            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
+        for row in rows:
+            self._check_length(row, params)
+            self._busy.add(row)
+        return [_Draft(row, params, stream(int(seed))) for row, seed in zip(rows, seeds, strict=True)]
 
     @torch.inference_mode()
     def _draw(self, active: list[_Draft]) -> None:
@@ -303,11 +300,6 @@ class Sampler:
         self.stats.generated_tokens += len(active)
         self.stats.decode_steps += 1
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """What the head gives, times the model's own scale, before the soft cap: [R, V]."""
-        logits = self._head(hidden)
-        return logits if self._scale == 1 else logits.float() * self._scale
-
     def _accept(self, draft: _Draft, token: int, logp: float) -> None:
         """Append a token to a row, and note if it ends there."""
         if not math.isfinite(logp):
@@ -317,17 +309,15 @@ class Sampler:
         leaf = self._rows[draft.row]
         leaf.ids.append(token)
         leaf.drawn = True
-        if token in self.stop_ids or (draft.params.stop and self._ends_with_text(draft)):
+        if token in self.stop_ids:
             draft.finish_reason = "stop"
         elif len(draft.ids) == draft.params.max_new_tokens:
             draft.finish_reason = "length"
 
-    def _ends_with_text(self, draft: _Draft) -> bool:
-        # A new match ends at the last token, and no token is shorter than a byte; the 4 spare tokens are for decoders
-        # that strip the head of what they are given.
-        tail = max(len(text.encode()) for text in draft.params.stop) + 4
-        text = self.decode(draft.ids[-tail:])
-        return any(stop in text for stop in draft.params.stop)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """What the head gives, times the model's own scale, before the soft cap: [R, V]."""
+        logits = self._head(hidden)
+        return logits if self._scale == 1 else logits.float() * self._scale
 
     # ------------------------------------------------------------------------------------------------ computing
 
@@ -385,18 +375,18 @@ class Sampler:
             self._run_forward()
 
     def _run_forward(self) -> None:
-        forward = self._forward
-        if self._decoder:
-            hidden = self._decoder.forward(forward)  # [N, E]
-        else:
-            ids, positions = forward.input_ids[None], forward.positions[None]  # [1, N]
-            out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=forward)
-            hidden = out.last_hidden_state[0]  # [N, E]
-        for (segment, stop), state in zip(forward.batch, hidden[forward.last].unbind(), strict=True):
+        batch, states = self._forward.batch, self._decode(self._forward)[self._forward.last]  # [R, E]
+        for (segment, stop), state in zip(batch, states.unbind(), strict=True):
             self.stats.decode_tokens += segment.drawn
             self.stats.prefill_tokens += stop - segment.cached - segment.drawn
             segment.cached, segment.drawn, segment.hidden = stop, False, state
         self.stats.forwards += 1
+
+    def _twin_states(self, tree: _Forward) -> Tensor:
+        """Hidden states after the last norm, [N, E], from the model's own forward."""
+        ids, positions = tree.input_ids[None], tree.positions[None]  # [1, N]
+        out = self._twin.base_model(input_ids=ids, position_ids=positions, use_cache=False, tree=tree)
+        return out.last_hidden_state[0]
 
     # ------------------------------------------------------------------------------------------------ the tree
 
@@ -424,26 +414,23 @@ class Sampler:
             self._drop(leaf)
         return self._rows[row]
 
-    def _drop(self, segment: _Segment) -> None:
+    def _drop(self, segment: _Segment | None) -> None:
         """One user less; memory of segments that nobody uses any more is freed, towards the root."""
         self._forward = None
-        current: _Segment | None = segment
-        while current is not None:
-            current.users -= 1
-            if current.users:
-                return
-            self._memory.free(current)
-            current = current.parent
+        while segment and segment.users == 1:
+            self._memory.free(segment)
+            segment = segment.parent
+        if segment:
+            segment.users -= 1
 
     def _evict_one(self, running: list[int]) -> bool:
         """Free what one row holds that is not running; its tokens are known and are computed again when needed."""
-        for row, leaf in self._rows.items():
-            if leaf.slab and leaf.users == 1 and row not in running:
-                self._memory.free(leaf)
-                leaf.cached, leaf.hidden, self._forward = 0, None, None
-                self.stats.evictions += 1
-                return True
-        return False
+        idle = (leaf for row, leaf in self._rows.items() if leaf.slab and leaf.users == 1 and row not in running)
+        if leaf := next(idle, None):
+            self._memory.free(leaf)
+            leaf.cached, leaf.hidden, self._forward = 0, None, None
+            self.stats.evictions += 1
+        return leaf is not None
 
     # ------------------------------------------------------------------------------------------------ checks
 
@@ -467,10 +454,11 @@ class Sampler:
         theirs = twin(input_ids=torch.tensor([ids], device=twin.device), use_cache=False).logits[0, -1].float()  # [V]
         largest = theirs.abs().max().item()
         twin.set_attn_implementation(ATTENTION)
-        decoders = [None]
+        ways = [self._twin_states]
         with contextlib.suppress(AttributeError):
-            decoders = [LlamaDecoder(twin.base_model), None]
-        for self._decoder in decoders:  # ours if it agrees, or else the model's own forward
+            ways = [LlamaDecoder(twin.base_model).forward, *ways]
+        # ours if it agrees, or else the model's own
+        for self._decode in ways:
             rows = self.prefill([ids[:6]])
             rows += self.fork(rows, 2)
             self.extend(rows[1:], [ids[6:]] * 2)
@@ -486,19 +474,9 @@ class Sampler:
 
 
 @dataclass(eq=False)
-class _Job:
-    """A program, its current request, and in the end what it returned."""
-
-    program: Program
-    drafts: list[_Draft] = field(default_factory=list)
-    result: Any = None
-
-
-@dataclass(eq=False)
 class _Draft:
     """A row that is being sampled."""
 
-    job: _Job
     row: int
     params: SamplingParams
     stream: int
@@ -547,7 +525,8 @@ def draw_tokens(
     if temperature:
         running = probs.cumsum(-1, dtype=torch.float64)
         ids = torch.searchsorted(running, u[:, None] * running[:, -1:], right=True)  # [R, 1]
-        ids.clamp_(max=probs.shape[-1] - 1)  # only for a row of nan, which the caller refuses
+        # only for a row of nan, which the caller refuses
+        ids.clamp_(max=probs.shape[-1] - 1)
     else:
         ids = scores.argmax(-1, keepdim=True)
     return ids.squeeze(-1), probs.gather(-1, ids).squeeze(-1).log()  # [R], [R]
@@ -556,28 +535,20 @@ def draw_tokens(
 def truncate(scores: Tensor, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> Tensor:
     """Scores [R, V] with -inf where top-k, then top-p, then min-p leave nothing. At least one token stays.
 
-    top-k keeps the k largest; top-p the most likely tokens, as few as reach the probability top_p among those kept by
-    top-k; min-p those of at least min_p times the largest probability. Ties with the last one that is kept stay too.
+    transformers' own warpers, in fp64: top-k keeps the k largest; top-p the most likely tokens, as few as reach the
+    probability top_p among those kept by top-k; min-p those of at least min_p times the largest probability.
 
     >>> truncate(torch.tensor([[0.5, 0.3, 0.2]]).log(), top_p=0.7).exp()
     tensor([[0.5000, 0.3000, 0.0000]])
     """
-    vocab = scores.shape[-1]
-    if 0 < top_k < vocab:
-        least = scores.topk(top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
+    exact = scores.double()
+    if top_k:
+        exact = TopKLogitsWarper(top_k)(None, exact)
     if top_p < 1:
-        probs = scores.double().softmax(-1)
-        for k in (min(256, vocab), vocab):  # a full sort only for a row that is as flat as to need it
-            ranked = probs.topk(k, dim=-1).values  # [R, k]
-            enough = (ranked.cumsum(-1) < top_p).sum(-1, keepdim=True)  # [R, 1]
-            if k == vocab or (enough < k).all():
-                break
-        scores = scores.masked_fill(probs < ranked.gather(-1, enough.clamp(max=k - 1)), -torch.inf)
+        exact = TopPLogitsWarper(top_p)(None, exact)
     if min_p:
-        ratios = (scores - scores.amax(-1, keepdim=True)).double().exp()
-        scores = scores.masked_fill(ratios < min_p, -torch.inf)
-    return scores
+        exact = MinPLogitsWarper(min_p)(None, exact)
+    return scores.masked_fill(exact.isneginf(), -torch.inf)
 
 
 def stream(seed: int) -> int:
@@ -613,10 +584,13 @@ class _Segment:
     parent: _Segment | None = None
     visible: int = 0  # tokens of the parent that are part of this row
     cached: int = 0  # tokens of ids with keys and values
-    shared: int = 0  # tokens of ids that forks may see, which are therefore never overwritten
+    # tokens of ids that forks may see, which are therefore never overwritten
+    shared: int = 0
     users: int = 1  # the row itself and the segments below
-    drawn: bool = False  # whether the first token that is not cached was sampled here
-    hidden: Tensor | None = None  # last hidden state [E] of token cached - 1 (if ids is empty: of the parent's last)
+    # whether the first token that is not cached was sampled here
+    drawn: bool = False
+    # last hidden state [E] of token cached - 1 (if ids is empty: of the parent's last)
+    hidden: Tensor | None = None
     slab: _Slab | None = None  # where keys and values are
     slot: int = 0
 
@@ -641,10 +615,7 @@ class _Segment:
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
         """The segment that holds the last of the row's first `length` tokens, and how many of its own they are."""
-        for segment, _ in self.path():
-            if length > segment.base:
-                return segment, length - segment.base
-        return None, 0
+        return next(((s, length - s.base) for s, _ in self.path() if length > s.base), (None, 0))
 
     def path(self) -> Iterator[tuple[_Segment, int]]:
         """The segments from this one to the root, each with the number of its tokens that this row sees."""
@@ -674,7 +645,8 @@ class _Forward:
             for level, (ancestor, visible) in enumerate(segment.path()):
                 queries, seen = levels[level][ancestor]
                 queries += range(len(tokens), len(tokens) + len(places))
-                seen += [min(visible, place + 1 - ancestor.base) for place in places]  # a token sees up to itself
+                # a token sees up to itself
+                seen += [min(visible, place + 1 - ancestor.base) for place in places]
             tokens += segment.ids[segment.cached : stop]
             positions += places
             last[i] = len(tokens) - 1
@@ -698,8 +670,9 @@ class _Forward:
         self.batch = [(leaf, len(leaf.ids)) for leaf in leaves]
         self.input_ids[self.last] = torch.tensor([leaf.ids[-1] for leaf in leaves], device=self.device)
         self.positions += 1
-        for piece in self.levels[0]:
-            piece.advance()
+        for piece in self.levels[0]:  # one more key for each query
+            piece.bias.scatter_(-1, piece.ends[:, None, None], 0.0)
+            piece.ends += 1
         return True
 
     def attend(self, layer: int, query: Tensor, kv: Tensor, scale: float) -> Tensor:
@@ -707,7 +680,8 @@ class _Forward:
         own, *above = self.levels
         for piece in own:
             piece.store(layer, kv)
-        if not above and len(own) == 1:  # the usual decode step: its tokens are in the order of memory
+        # the usual decode step: its tokens are in the order of memory
+        if not above and len(own) == 1:
             return own[0].attend(layer, query, scale)
         out = torch.zeros_like(query)
         if not above:
@@ -742,27 +716,19 @@ class _Piece:
         device, width = self.slab.kv.device, self.slab.capacity
         most = max(len(queries) for _, queries, _ in entries)
         begins = {slot: i * most for i, slot in enumerate(places)}
-        tokens, owners, ends, back = [], [], [], []
-        for segment, queries, seen in entries:
-            tokens += queries
-            owners += [segment.slot] * len(queries)
-            ends += seen
-            back += range(begins[segment.slot], begins[segment.slot] + len(queries))
-        spread = [0] * (len(places) * most)  # places without a query repeat the first one
-        for i, place in enumerate(back):
-            spread[place] = i
+        tokens = [token for _, queries, _ in entries for token in queries]
+        owners = [segment.slot for segment, queries, _ in entries for _ in queries]
+        ends = [count for _, _, seen in entries for count in seen]
+        back = [begins[segment.slot] + i for segment, queries, _ in entries for i in range(len(queries))]
+        spread = dict.fromkeys(range(len(places) * most), 0)  # places without a query repeat the first one
+        spread |= {place: i for i, place in enumerate(back)}
         self.shape = len(places), most, self.slab.kv.shape[3]  # F, M, J
         self.columns = slice(begin, begin + width)
         self.where, self.tokens = _index(list(places), device), _index(tokens, device)
-        self.spread, self.back = _index(spread, device), _index(back, device)
+        self.spread, self.back = _index([*spread.values()], device), _index(back, device)
         self.owners, self.ends = torch.tensor([owners, ends], device=device)  # [n]
         hidden = torch.arange(width, device=device) >= self.ends[:, None, None]  # [n, 1, L]
         self.bias = torch.zeros_like(hidden, dtype=self.slab.kv.dtype).masked_fill_(hidden, -torch.inf)
-
-    def advance(self) -> None:
-        """One more key for each of the queries."""
-        self.bias.scatter_(-1, self.ends[:, None, None], 0.0)
-        self.ends += 1
 
     def store(self, layer: int, kv: Tensor) -> None:
         """Write keys and values [N, 2J, D] of this piece's tokens."""
@@ -784,8 +750,7 @@ class _Piece:
 
     def scores(self, layer: int, query: Tensor, scale: float) -> Tensor:
         """query [N, H, D] -> fp32 [n, H, L], -inf where a token must not look."""
-        keys = self.slab.kv[layer, 0, self.where]  # [F, J, L, D]
-        scores = self._unpack(self._pack(query[self.tokens]) @ keys.mT)
+        scores = self._unpack(self._pack(query[self.tokens]) @ self.slab.kv[layer, 0, self.where].mT)
         return torch.add(self.bias, scores.float(), alpha=scale)
 
     def values(self, layer: int, probs: Tensor) -> Tensor:
@@ -852,17 +817,15 @@ class _Memory:
             if segment.slab is None or segment.slab.capacity < length:
                 wanted[_round_up(length)].append(segment)
         self._grow({capacity: len(movers) for capacity, movers in wanted.items()})
-        left = []
-        for capacity, movers in wanted.items():
+        # upwards, for a slab whose last segment has moved goes, with the free slots that _grow counted on
+        for capacity, movers in sorted(wanted.items()):
             for segment in movers:
                 before = copy.copy(segment)
                 segment.slab = next(slab for slab in self.slabs[capacity] if slab.free)
                 segment.slot = heapq.heappop(segment.slab.free)  # side by side, as far as can be
                 if before.slab:
                     segment.kv[:, :, :, : segment.cached] = before.kv[:, :, :, : segment.cached]
-                    left.append(before)
-        for before in left:  # last, for a slab whose last segment moves goes, with the free slots that _grow counted on
-            self.free(before)
+                    self.free(before)
 
     def free(self, segment: _Segment) -> None:
         slab, segment.slab = segment.slab, None
@@ -876,14 +839,13 @@ class _Memory:
     def _grow(self, wanted: dict[int, int]) -> None:
         """Make slabs, so that there are as many free slots of each capacity as are wanted."""
         slots = {capacity: sum(len(slab.free) for slab in self.slabs[capacity]) for capacity in wanted}
-        missing = {capacity: count - slots[capacity] for capacity, count in wanted.items() if count > slots[capacity]}
-        more = sum(count * capacity * self.token_bytes for capacity, count in missing.items())
-        if self.bytes + more > self.budget:
+        missing = Counter(wanted) - Counter(slots)  # counts above 0
+        planned = self.bytes + sum(count * capacity * self.token_bytes for capacity, count in missing.items())
+        if planned > self.budget:
             raise _NoRoom(
                 f"memory budget of {self.budget / 1e9:.3g} GB is too small: {self.bytes / 1e9:.3g} GB hold keys and "
-                f"values and one more row needs {more / 1e9:.3g} GB; raise memory_gb or release rows"
+                f"values and one more row needs {(planned - self.bytes) / 1e9:.3g} GB; raise memory_gb or release rows"
             )
-        planned = self.bytes + more
         for capacity, count in missing.items():
             so_far = sum(slab.slots for slab in self.slabs[capacity])
             spare = max(0, so_far // 2 - count, 512 // capacity - count)  # few slabs, few pieces
@@ -908,22 +870,19 @@ def _round_up(count: int) -> int:
 
 def _make_twin(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the module tree over the same weights (in-place updates are seen), in eval mode."""
-    config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}: must all be attention")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise ValueError(f"{type(model).__name__} takes no position_ids: rows of different lengths cannot be packed")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings: load it with AutoModelForCausalLM")
-    weights = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in weights}).eval()
+    return copy.deepcopy(model, {id(x): x for x in [*model.parameters(), *model.buffers()]}).eval()
 
 
 def _tree_attention(module, query, key, value, attention_mask, scaling=None, tree: _Forward = None, **kwargs):
     """The attention function that transformers' models call: query [1, H, N, D], key and value [1, J, N, D]."""
-    unknown = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
-    if unknown:
+    if unknown := [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]:
         raise ValueError(f"{type(module).__name__} uses {', '.join(unknown)}: only plain full attention is supported")
     if tree is None:
         raise ValueError(f"{type(module).__name__} hands no arguments on to its attention: not supported")
@@ -940,11 +899,9 @@ class LlamaDecoder:
     and the logits agree with the model's own (Sampler checks); everything else takes transformers' forward.
     """
 
-    STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the angles do not depend on the length of the row
-
     def __init__(self, decoder: torch.nn.Module):
         self.embed, self.norm, self.rotary = decoder.embed_tokens, decoder.norm, decoder.rotary_emb
-        if self.rotary.rope_type not in self.STATIC_ROPE:
+        if self.rotary.rope_type not in ("default", "linear", "llama3", "yarn"):
             raise AttributeError("the angles depend on the length of the row")
         inverse = self.rotary.inv_freq.float()
         self.frequencies = torch.cat((-inverse, inverse))  # [D]

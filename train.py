@@ -473,7 +473,7 @@ class Policy:
     def explorer(self, task: tasks.Task, **room) -> sesa.Explorer:
         """What draws from this policy; room: of the Sampler."""
         chat = self.chat()
-        sampler = Sampler(self.model, self.stop_ids, decode=chat.decode, **room)
+        sampler = Sampler(self.model, self.stop_ids, **room)
         return sesa.Explorer(sampler, task, chat, self.prompts)
 
     def token_limits(self, config: Config) -> dict[str, int]:

@@ -563,7 +563,7 @@ def test_no_grad_gives_the_same_loss_and_forms_no_gradient(impl, monkeypatch):
     hidden, weight, *ref, targets = make_head(20, 16, 500)
     extras = grpo_extras(hidden, weight, targets, 1.0)
     loss, _ = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, impl=impl)
-    monkeypatch.setattr(kernels, f"_backward_{impl}", None)
+    monkeypatch.setattr(kernels, "_backward", None)
     with torch.no_grad():
         again, stats = linear_policy_loss(hidden, weight, targets, grpo, extras, *ref, impl=impl)
     assert torch.equal(loss.detach(), again) and not again.requires_grad
@@ -721,7 +721,7 @@ def test_wrong_input_is_refused_with_a_remedy():
         (lambda: token_stats(x, targets, temperature=0.0), "above 0"),
         (lambda: token_stats(x, targets, temperature=float("nan")), "above 0"),
         (lambda: token_stats(x, targets, softcap=-1.0), "softcap is -1.0"),
-        (lambda: token_stats(x, targets, impl="cuda"), "'auto', 'torch' or 'triton'"),
+        (lambda: token_stats(x, targets, impl="cuda"), "use 'torch' or 'triton'"),
         (lambda: linear_token_stats(x, y, targets, ref_hidden=x), "both or neither"),
         (lambda: linear_token_stats(x, y[:, :9], targets), r"\[vocabulary, width\]"),
         (lambda: linear_token_stats(x, y.bfloat16(), targets), "one dtype"),
@@ -746,41 +746,31 @@ def test_a_wrong_id_that_nobody_checked_gives_nan(impl):
     assert stats.logp[2].isnan() and not stats.logp[[0, 1, 3]].isnan().any()
 
 
-def test_the_switch(monkeypatch):
+def test_the_switch_is_the_argument_else_the_environment_else_torch(monkeypatch):
     choose, cpu, gpu = kernels._choose, torch.device("cpu"), torch.device("cuda")
-    kernels._say_once.cache_clear()
-    monkeypatch.delenv("SESA_KERNELS", raising=False)
-    assert choose("auto", cpu) == choose("torch", cpu) == choose("torch", gpu) == "torch"
-    monkeypatch.setattr(kernels, "AUTO_ON_GPU", "torch")
-    with pytest.warns(UserWarning, match="have not run on one yet; SESA_KERNELS=triton"):
-        assert choose("auto", gpu) == "torch"
-    monkeypatch.setenv("SESA_KERNELS", "torch")
-    assert choose("auto", gpu) == "torch"
-    monkeypatch.setenv("SESA_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="'cuda'"):
-        choose("auto", gpu)
     monkeypatch.setattr(kernels, "triton", None)
-    with pytest.raises(ValueError, match="not installed"):
+    monkeypatch.delenv("SESA_KERNELS", raising=False)
+    assert choose(None, cpu) == choose("torch", cpu) == choose(None, gpu) == choose("torch", gpu) == "torch"
+    with pytest.raises(ValueError, match="'triton' but the triton package is not installed"):
         choose("triton", gpu)
     monkeypatch.setenv("SESA_KERNELS", "triton")
-    with pytest.warns(UserWarning, match="plain torch instead of Triton: the triton package is not installed"):
-        assert choose("auto", gpu) == "torch"
+    with pytest.raises(ValueError, match="not installed: use 'torch'"):
+        choose(None, gpu)
+    assert choose("torch", gpu) == "torch"
+    monkeypatch.setenv("SESA_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="SESA_KERNELS is 'cuda'"):
+        choose(None, gpu)
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no triton here")
 def test_the_switch_turns_to_triton(monkeypatch):
     monkeypatch.setenv("SESA_KERNELS", "triton")
-    assert kernels._choose("auto", torch.device("cuda")) == "triton"
-    monkeypatch.delenv("SESA_KERNELS")
-    monkeypatch.setattr(kernels, "AUTO_ON_GPU", "triton")
-    assert kernels._choose("auto", torch.device("cuda")) == "triton"
+    assert kernels._choose(None, torch.device("cuda")) == "triton"
     monkeypatch.setattr(kernels.triton, "JITFunction", type(kernels._forward_kernel))  # as if it were compiled
-    kernels._say_once.cache_clear()
-    with pytest.raises(ValueError, match="on 'cpu', not on a GPU"):
-        kernels._choose("triton", torch.device("cpu"))
-    monkeypatch.setenv("SESA_KERNELS", "triton")
-    with pytest.warns(UserWarning, match="on 'cpu', not on a GPU"):
-        assert kernels._choose("auto", torch.device("cpu")) == "torch"
+    for impl in ("triton", None):
+        with pytest.raises(ValueError, match="on 'cpu', not on a GPU"):
+            kernels._choose(impl, torch.device("cpu"))
+    assert kernels._choose("triton", torch.device("cuda")) == "triton"
 
 
 def test_without_triton_the_module_works():

@@ -28,7 +28,7 @@ except ImportError as error:  # no triton: nothing to compile
     import_error = error
 
 pytestmark = pytest.mark.skipif(import_error is not None, reason=f"{import_error}")
-FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32", "TARGET_XY": "*fp32"}
+FORWARD_POINTERS = {"TARGETS": "*i64", "PARTS": "*fp32"}
 BACKWARD_POINTERS = {"TARGETS": "*i64", "FACTORS": "*fp32"}
 INTEGERS = dict.fromkeys("stride_x stride_y stride_dx num_rows V tiles".split(), "i32")
 
@@ -98,10 +98,8 @@ def measure(arch: int, dtypes: list[str], softcaps: list[float]) -> list[dict]:
         config = {"dtype": dtype, "softcap": softcap, "ref": ref}
         counts = compile_kernel(kernels._forward_kernel, logits | FORWARD_POINTERS, constants | absent, arch)
         rows.append({"kernel": "forward"} | config | counts)
-        for entropy in (False, True):
-            chosen = constants | absent | {"ENTROPY": entropy}
-            counts = compile_kernel(kernels._backward_kernel, logits | BACKWARD_POINTERS, chosen, arch)
-            rows.append({"kernel": "backward", "entropy": entropy} | config | counts)
+        counts = compile_kernel(kernels._backward_kernel, logits | BACKWARD_POINTERS, constants | absent, arch)
+        rows.append({"kernel": "backward"} | config | counts)
     for row in rows:
         row["per_element"] = round(row["loop"] / 32, 2)  # a lane of the one warp has BLOCK / 32 = 32 elements of a tile
     return rows
@@ -143,7 +141,7 @@ def sm90():
 
 
 def test_sm90_needs_no_spills_no_doubles_no_atomics(sm90):
-    assert len(sm90) == 2 * 2 * 3
+    assert len(sm90) == 2 * 2 * 2
     check_common(sm90, "sm_90a")
 
 
@@ -168,7 +166,7 @@ def test_sm80_compiles_within_its_registers():
 @pytest.mark.parametrize("arch, target", [(90, "sm_90a"), (80, "sm_80")])
 def test_every_dtype_and_softcap(arch, target):
     rows = counts_of(arch, "bf16,fp32,fp16,fp32:bf16", "0,30")
-    assert len(rows) == 4 * 2 * 2 * 3
+    assert len(rows) == 4 * 2 * 2 * 2
     check_common(rows, target)
 
 

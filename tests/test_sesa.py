@@ -156,7 +156,7 @@ def make_explorer(task=None, template: str | None = CHATML, **options) -> Explor
     tokenizer = word_tokenizer(template)
     stop = tokenizer.eos_token_id
     chat = Chat(tokenizer, [stop])
-    sampler = Sampler(random_policy(len(tokenizer)), [stop], tokenizer.pad_token_id, chat.decode, **options)
+    sampler = Sampler(random_policy(len(tokenizer)), [stop], **options)
     explorer = Explorer(sampler, task or Talk(), chat, PROMPTS)
     explorer.model = random_policy(len(tokenizer))  # the same weights, for recomputation without our sampler
     return explorer
