@@ -98,7 +98,7 @@ def scaled_logits(logits: Tensor, temperature: float = 1.0, softcap: float = 0.0
 
 def token_stats(
     logits: Tensor, targets: Tensor, ref_logits: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, impl: str | None = None, inplace: bool = False,
+    temperature: float = 1.0, softcap: float = 0.0, impl: str = "auto", inplace: bool = False,
 ) -> TokenStats:  # fmt: skip
     """Log-prob of the target, entropy, exact KL(policy || reference) and reference log-prob of every row of logits.
 
@@ -126,7 +126,7 @@ def token_stats(
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str | None = None,
+    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str = "auto",
 ) -> TokenStats:  # fmt: skip
     """`token_stats(hidden @ weight.T, ...)` without ever holding [N, V]: for any loss on top, through autograd.
 
@@ -146,7 +146,7 @@ def linear_policy_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor,
     loss_fn: Callable[..., Tensor], extras: Sequence[Tensor] = (),
     ref_hidden: Tensor | None = None, ref_weight: Tensor | None = None,
-    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str | None = None,
+    temperature: float = 1.0, softcap: float = 0.0, chunk_size: int | None = None, impl: str = "auto",
 ) -> tuple[Tensor, TokenStats]:  # fmt: skip
     """The training default: loss = sum of loss_fn over chunks of tokens, and the detached stats of all tokens.
 
@@ -230,7 +230,7 @@ def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Option
 def _choose(impl: str | None, device: torch.device) -> str:
     """The one switch: the argument, else SESA_KERNELS, else torch. The Triton kernels agree with float64 in the
     interpreter and compile for sm_80 and sm_90a, but have not yet run on a GPU: so they are used on request only."""
-    impl = impl or os.environ.get("SESA_KERNELS") or "torch"
+    impl = os.environ.get("SESA_KERNELS", "torch") if impl == "auto" else impl
     _require(impl in ("torch", "triton"), f"impl or SESA_KERNELS is {impl!r}: use 'torch' or 'triton'")
     runs = triton and (device.type == "cuda" or not isinstance(_forward_kernel, triton.JITFunction))  # interpreted
     problem = f"the tensors are on {device.type!r}, not on a GPU" if triton else "the triton package is not installed"

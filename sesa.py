@@ -731,6 +731,12 @@ def headline(evaluation: dict) -> float:
     return max(max(e["coverage"].values()) if "coverage" in e else e["avg@n"] for e in evaluation.values())
 
 
+def measures(evaluation: dict) -> dict:
+    """What was measured of the plain prompt, with pass@k, unique@k and coverage of both ways of sampling."""
+    both = ("pass@k", "unique@k", "coverage")
+    return evaluation["iid"] | {n: {kind: e.get(n, {}) for kind, e in evaluation.items()} for n in both}
+
+
 def sample_record(step: int, group: Group) -> dict:
     """A group as a person reads it: its sketches, and what was written with which reward and mark."""
     mark = iter(marks(group.outcomes()))

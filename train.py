@@ -472,9 +472,8 @@ class Policy:
 
     def explorer(self, task: tasks.Task, **room) -> sesa.Explorer:
         """What draws from this policy; room: of the Sampler."""
-        chat = self.chat()
         sampler = Sampler(self.model, self.stop_ids, **room)
-        return sesa.Explorer(sampler, task, chat, self.prompts)
+        return sesa.Explorer(sampler, task, self.chat(), self.prompts)
 
     def token_limits(self, config: Config) -> dict[str, int]:
         given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
@@ -785,8 +784,8 @@ class Run:
         result = dict(task=c.task, method=c.method, seed=c.seed, steps=state["step"])
         result |= dict(seconds=round(state["seconds"], 1), peak_rss_mb=round(memory))
         result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
-        result |= last["iid"] | dict(floor=task.floor(), ceiling=task.ceiling())
-        result |= dict(base=base and base["iid"], evaluation=last, base_evaluation=base)
+        result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
+        result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         return result | dict(versions=versions | dict(python=sys.version.split()[0]))
 

@@ -275,7 +275,7 @@ STEP_METRICS = """step reward loss grad_norm entropy kl generated_tokens step_ti
     completions/clipped_ratio
     clip_ratio/low clip_ratio/high sampling/logp_difference sampling/logp_shift prefill_tokens sketch_tokens
     learning_rate unique_found""".split()
-SUMMARY = "task method seed steps seconds peak_rss_mb generated_tokens unique_found reward valid avg@n base versions"
+SUMMARY = "task method seed steps seconds peak_rss_mb generated_tokens coverage unique_found reward valid base versions"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -298,10 +298,10 @@ def test_the_command_trains_and_leaves_a_complete_folder(entry, tmp_path, monkey
     assert not set(SUMMARY.split()) - summary.keys() and summary["steps"] == steps
     assert summary["generated_tokens"] == sum(row["generated_tokens"] for row in metrics)
     assert summary["peak_rss_mb"] > 50 and {"torch", "transformers", "python"} <= summary["versions"].keys()
-    assert not {"pass@k", "reward", "valid"} - summary["base"].keys()
+    assert not {"coverage", "reward", "valid"} - summary["base"].keys()
     if "synthetic" in entry:
-        for evaluation in (summary["evaluation"], summary["base_evaluation"]):
-            assert [list(evaluation[kind]["coverage"]) for kind in ("iid", "sequential")] == [["1", "4", "20"]] * 2
+        for coverage in (summary["coverage"], summary["base"]["coverage"]):
+            assert [list(coverage[kind]) for kind in ("iid", "sequential")] == [["1", "4", "20"]] * 2
 
     samples = rows(out, "samples.jsonl")
     assert {row["step"] for row in samples} == set(range(1, steps + 1))
