@@ -135,6 +135,8 @@ class Task:
     answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
     # the closed vocabulary of all its texts; [] for tasks that have none
     words: list[str] = []
+    # the only problem, of a task that has but one
+    text = ""
 
     def problems(self, split: str, seed: int) -> Problems:
         """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone. Half of
@@ -144,9 +146,11 @@ class Task:
         return Problems(partial(self.make, split, seed), self.num_problems(split))
 
     def num_problems(self, split: str) -> int:
-        return 2**31
+        return 1 if self.text else 2**31
 
     def make(self, split: str, seed: int, i: int) -> Problem:
+        if self.text:
+            return Problem(i, self.text, None)
         wanted = split == "train"
         rng = random.Random(f"{self.name} {split} {seed} {i}")
         for _ in range(10_000):
@@ -156,9 +160,6 @@ class Task:
 
     def episode(self, problem: Problem):
         return SingleTurn(problem, self.score)
-
-    def guess(self, problem: Problem, rng: random.Random) -> list[str] | None:
-        """The turns of a random policy, well-formed and blind to the goal; None where none is natural."""
 
     def demonstrations(self, rng: random.Random) -> Iterator[Demonstration]:
         """Endless demonstrations on training problems, without those that fail (on slippery ice)."""
@@ -172,14 +173,14 @@ class Task:
                 raise ValueError(f"{self}: 1,000 demonstrations in a row failed; choose easier options")
 
     def floor(self) -> float | None:
-        """Success rate of the random policy on 2,000 fixed validation problems, computed once and cached."""
+        """Success rate of a random policy, well-formed and blind to the goal; None where none is natural."""
 
     def ceiling(self) -> float | None:
-        """Success rate of a solver on the same problems, computed once and cached."""
-        return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
+        """Success rate of the best policy: 1, as far as demonstrations succeed."""
+        return 1.0
 
     def measured(self, what: str, rate: Callable) -> float:
-        """The mean of rate(problem, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
+        """The mean of rate(data, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
         recipe = Path(__file__).read_text(), inspect.getsource(type(self)), str(self)
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -187,7 +188,7 @@ class Task:
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
         rng = random.Random(0)
-        result = fmean(rate(p, rng) for p in islice(self.problems("validation", 0), 2000))
+        result = fmean(rate(p.data, rng) for p in islice(self.problems("validation", 0), 2000))
         # a cache that cannot be written only costs time
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -274,18 +275,9 @@ class Synthetic(Task):
         for path, depth in product(paths, range(3)):
             self.children[path[:depth]][path[: depth + 1]] = None
 
-    def num_problems(self, split):
-        return 1
-
-    def make(self, split, seed, i):
-        return Problem(i, self.text, None)
-
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
         return judged(path, path in self.targets) if path in self.real else NOTHING
-
-    def guess(self, problem, rng):
-        return [" ".join(rng.choice(self.paths))]
 
     def demonstrate(self, problem, rng):
         """A chain that spreads and does not repeat, and knows nothing of the treasures.
@@ -307,9 +299,6 @@ class Synthetic(Task):
 
     def floor(self):
         return self.treasures / len(self.paths)
-
-    def ceiling(self):
-        return 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- countdown
@@ -441,11 +430,13 @@ class Countdown(Task):
                 return judged(canonical(tree), 1.0 if evaluate(tree) == target else 0.1)
         return NOTHING
 
-    def guess(self, problem, rng):
-        return [write_answer(combine_at_random(problem.data[0], self.top, rng)[1])]
-
     def floor(self):
-        return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
+        """Success rate of random combinations of all numbers, four for each problem."""
+
+        def rate(data, rng):
+            return fmean(combine_at_random(data[0], self.top, rng)[0] == data[1] for _ in range(4))
+
+        return self.measured("floor", rate)
 
     def demonstrate(self, problem, rng):
         """A solution step by step. Sketches: all first combinations that lead to one, then combinations that do not."""
@@ -590,14 +581,11 @@ class Grid(Task):
 
     def floor(self):
         """The exact success rate of uniformly random actions, on 2,000 fixed validation problems."""
-        return self.measured("floor", lambda p, _: self.value(p.data[0], fmean)(p.data[1], self.max_actions))
+        return self.measured("floor", lambda data, _: self.value(data[0], fmean)(data[1], self.max_actions))
 
     def ceiling(self):
         """The exact success rate of the best policy that sees the result of each action before it chooses the next."""
-        return self.measured("ceiling", lambda p, _: self.value(p.data[0], max)(p.data[1], self.max_actions))
-
-    def guess(self, problem, rng):
-        return [self.write_actions(rng.choices(range(4), k=self.turn_actions)) for _ in range(self.max_turns)]
+        return self.measured("ceiling", lambda data, _: self.value(data[0], max)(data[1], self.max_actions))
 
     def demonstrate(self, problem, rng):
         """A shortest way, planned anew each turn; the sketches are of this plan, then of others, good and bad."""
@@ -810,10 +798,6 @@ class Sudoku(Task):
         fits = len(digits) == len(givens) and all(map(contains, givens, digits))
         return judged(fits and digits, digits == "".join(map(str, data[1])))
 
-    def guess(self, problem, rng):
-        filled = [number or rng.randint(1, self.size) for number in problem.data[0]]
-        return [write_answer(self.write(filled))]
-
     def floor(self):
         return self.size**-self.blanks
 
@@ -848,9 +832,11 @@ class Record(NamedTuple):
 def read_records(source: str) -> list[Record]:
     """The records of a JSONL or parquet file or of a hub data set, owner/name[:config[:split]], in the forms of GSM8K,
     MATH or AIME: question or problem, and answer or solution, in any case. ValueError that names file, line and rule
-    for a broken one."""
+    for a broken one. Or of a data set of reasoning-gym, gym:name:{its options as JSON}."""
     try:
-        if source.endswith(".parquet"):
+        if source.startswith("gym:"):
+            rows = read_gym(*source.split(":", 2)[1:])
+        elif source.endswith(".parquet"):
             from pyarrow.parquet import read_table
 
             rows = read_table(source).to_pylist()
@@ -867,6 +853,23 @@ def read_records(source: str) -> list[Record]:
     if not records:
         raise ValueError(f"{source}: holds no record; give one JSON object per line")
     return records
+
+
+def read_gym(name: str, options: str) -> list[dict]:
+    """The problems of a data set of reasoning-gym that have an answer. Right is this answer, even where others would
+    do: the data sets' verifiers are never asked, some of them run what they are given as a program."""
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if name not in DATASETS:
+        raise ValueError(f"task gym:{name}: must be one of gym: {', '.join(sorted(DATASETS))}")
+    options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
+    try:
+        dataset = create_dataset(name, **dict(seed=0, size=2000) | options)
+        pairs = [(entry["question"], entry["answer"]) for entry in dataset]
+    except Exception as error:
+        # its data sets assert, or raise what they like
+        raise ValueError(f"task gym:{name} with {options}: {error}") from None
+    return [dict(question=text, answer=str(answer)) for text, answer in pairs if answer not in (None, "")]
 
 
 def read_record(where: str, row: dict | str) -> Record:
@@ -941,9 +944,9 @@ class Records(Task):
     sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        self.judge = Judge()
+        kind, _, name = self.train.partition(":")
         if self.exact:
-            self.name = f"jsonl-{Path(self.train).stem}"
+            self.name = f"gym-{name.partition(':')[0]}" if kind == "gym" else f"jsonl-{Path(self.train).stem}"
         else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
             importlib.import_module("math_verify")
@@ -975,7 +978,7 @@ class Records(Task):
         key, right = map(plain_text if self.exact else plain_math, (answer, data.answer))
         if self.exact or key in ("", right) or NUMBER.fullmatch(key) and NUMBER.fullmatch(right):
             return judged(key, key == right)
-        return judged(key, self.judge.ask(data.answer, answer))
+        return judged(key, equivalent(data.answer, answer))
 
     def demonstrate(self, problem, rng):
         """The approach is the first sentence of the worked solution, where there is one."""
@@ -988,108 +991,59 @@ class Records(Task):
 # ------------------------------------------------------------- equivalent expressions, judged in a killable process
 
 
-class Judge:
-    """A helper process for math-verify, whose running time nobody bounds.
+# seconds of computing, seconds in all, bytes
+TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
 
-    The process imports the library once and forks for each question; the kernel's timers kill a fork that takes longer
-    than its limits, whatever it is doing; a limit on memory stops the other kind of bomb. Its exit code is the verdict.
-    """
 
-    # seconds of computing, seconds in all, bytes
-    TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
+@cache
+def judge() -> Popen:
+    """The process of serve_judge, started when first needed."""
+    return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
 
-    def __init__(self):
-        self.process = None
 
-    def ask(self, right: str, answer: str) -> bool:
-        """Are they equivalent? False if that was not found in time."""
-        # started when first needed
-        if self.process is None:
-            command = [sys.executable, __file__]
-            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
-        with suppress(OSError, ValueError):
-            print(json.dumps([right, answer]), file=self.process.stdin, flush=True)
-            return int(self.process.stdout.readline()) == 1
-        self.process.kill()
-        self.process = None
-        return False
+def equivalent(right: str, answer: str) -> bool:
+    """What math-verify says of two answers; False if that was not found in time."""
+    with suppress(OSError, ValueError):
+        print(json.dumps([right, answer]), file=judge().stdin, flush=True)
+        return int(judge().stdout.readline()) == 1
+    judge().kill()
+    judge.cache_clear()
+    return False
 
 
 def serve_judge():
-    """The loop of the helper process: two answers as a JSON list per line in, 1 or 0 per line out."""
+    """Two answers as a JSON list per line in, 1 or 0 per line out, for as long as there are lines.
+
+    Nobody bounds the running time of math-verify. It is imported once, and a fork answers each question: the kernel's
+    timers kill it when it has taken too long, whatever it is doing; a limit on memory stops the other kind of bomb. Its
+    exit code is the verdict.
+    """
     import resource
 
-    # libraries may print
-    replies, sys.stdout = sys.stdout, sys.stderr
-    equivalent = load_judge()
-    for line in sys.stdin:
-        if not (child := os.fork()):
-            try:
-                resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
-                signal.setitimer(signal.ITIMER_PROF, Judge.TIME_LIMIT)
-                signal.alarm(Judge.WAIT_LIMIT)
-                os._exit(equivalent(*json.loads(line)))
-            finally:
-                # no clean-up and no traceback: this is a copy of the server
-                os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(max(0, status), file=replies, flush=True)
-
-
-def load_judge() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
     options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
-    def equivalent(*answers):
+    def same(answers):
         sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
         return all(sides) and verify(*sides, timeout_seconds=None)
 
+    # libraries may print
+    replies, sys.stdout = sys.stdout, sys.stderr
     # fills the caches of the parser before the first fork
-    equivalent("\\frac{1}{2}", "0.5")
-    return equivalent
-
-
-# ------------------------------------------------------------------------------------------------------ reasoning-gym
-
-
-@dataclass
-class Gym(Task):
-    """A data set of reasoning-gym; its options are those of the data set. There is no closed vocabulary for tiny.
-
-    Right is the data set's own answer, case and spacing aside, even where others would do: some of its verifiers run
-    what they are given as a program, so none of them is used.
-    """
-
-    source: str
-    config: dict[str, Any]
-    solution_tokens = 1024
-
-    def __post_init__(self):
-        from reasoning_gym.factory import DATASETS, create_dataset
-
-        self.name, asked = f"gym-{self.source}", f"gym:{self.source}"
-        if self.source not in DATASETS:
-            raise ValueError(f"task {asked}: must be one of gym: {', '.join(sorted(DATASETS))}")
-        # the size is for both splits; some data sets make all their problems at the start
-        options = dict(seed=0, size=20_000) | check_options(asked, DATASETS[self.source][1], self.config)
-        try:
-            self.dataset = create_dataset(self.source, **options)
-        except Exception as error:
-            # its data sets assert, or raise what they like
-            raise ValueError(f"task {asked} with {options}: {error}") from None
-
-    def draw(self, rng, keep):
-        entry = self.dataset[rng.randrange(len(self.dataset))]
-        return (entry["question"], str(entry["answer"])) if keep(entry["question"]) else None
-
-    def score(self, data, text):
-        key = plain_text(extract_answer(text))
-        return judged(key, key == plain_text(data))
-
-    def demonstrate(self, problem, rng):
-        return Demonstration(problem, ["answer directly"], [write_answer(problem.data)])
+    same(["\\frac{1}{2}", "0.5"])
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            # no clean-up and no traceback: this is a copy of the server
+            with suppress(BaseException):
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+                signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+                signal.alarm(WAIT_LIMIT)
+                os._exit(same(json.loads(line)))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(max(0, status), file=replies, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- make a task
@@ -1107,8 +1061,8 @@ def make_task(name: str, **options) -> Task:
     kind, _, source = name.partition(":")
     try:
         if kind == "gym" and source:
-            return Gym(source, options)
-        if kind == "jsonl" and source:
+            source, options = f"{name}:{json.dumps(options)}", {}
+        if kind in ("jsonl", "gym") and source:
             cls = partial(Records, train=source, validation="", exact=True)
         elif file := re.fullmatch(r"(.*\.py):?(\w*)", name):
             cls = load_class(*file.groups())
@@ -1147,13 +1101,12 @@ def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:
 
 
 def show(task: Task, n: int = 3, seed: int = 0) -> None:
-    """Print n problems, each with a demonstration and a random guess, and what they earn."""
+    """Print n problems, each with a demonstration and what it earns."""
     rng, problems = random.Random(seed), task.problems("train", seed)
     for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
         print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
-        guess = task.guess(problem, rng) or ["<answer> I do not know </answer>"]
-        for kind, texts in ("demonstration", turns or sketches[:1]), ("a guess", guess):
-            print(f"{kind}: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
+        texts = turns or sketches[:1]
+        print(f"demonstration: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
 
 
 if __name__ == "__main__":
