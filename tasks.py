@@ -176,7 +176,7 @@ class Task:
         """Success rate of a random policy, well-formed and blind to the goal; None where none is natural."""
 
     def ceiling(self) -> float | None:
-        """Success rate of the best policy: 1, as far as demonstrations succeed."""
+        """Success rate of the best policy: 1 where demonstrations always succeed."""
         return 1.0
 
     def measured(self, what: str, rate: Callable) -> float:
@@ -312,11 +312,10 @@ DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 9
 
 def combinations(pool: list, top: int) -> Iterator[tuple[list, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
-    for i, j in permutations(range(len(pool)), 2):
-        (a, left), (b, right) = pool[i], pool[j]
+    for (i, (a, left)), (j, (b, right)) in permutations(enumerate(pool), 2):
         values = {"+": a + b, "*": a * b} if i < j else {}
         values |= {"-": a - b, "/": 0 if a % b else a // b}
-        rest = [pool[k] for k in range(len(pool)) if k not in (i, j)]
+        rest = [other for k, other in enumerate(pool) if k not in (i, j)]
         for operator, value in values.items():
             if 0 < value <= top:
                 joined = value, f"( {left} {operator} {right} )"
@@ -502,6 +501,7 @@ class Grid(Task):
     glyph(board, state, cell) -> str            the picture of a cell
     sketch(board, state, plan) -> str           the method of a plan in a few words, "" if there is nothing to say
     actions, vocabulary, rules, limits          names, all words beside those of the form, text, ranges of the options
+    drift                                       what may be added to an action instead of doing it, equally likely
     """
 
     size: int = 4
@@ -510,6 +510,7 @@ class Grid(Task):
     max_actions: int = 10
 
     solution_tokens = 400
+    drift = (0,)
     steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
@@ -522,7 +523,7 @@ class Grid(Task):
 
     def moves(self, board, state, action) -> list[Hashable]:
         """The next states that may follow, equally likely."""
-        return [self.move(board, state, action)]
+        return [self.move(board, state, (action + turn) % 4) for turn in self.drift]
 
     def beside(self, cell: int, action: int) -> int | None:
         """The neighbouring cell in the direction of the action, None beyond the edge."""
@@ -594,8 +595,7 @@ class Grid(Task):
         wild = [rng.choices(range(4), k=rng.randint(min(3, self.max_actions), self.max_actions)) for _ in range(6)]
         sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
         # on slippery ice as few actions a turn as use up all of them
-        certain = len(self.moves(board, start, 0)) == 1
-        stride = self.turn_actions if certain else -(-self.max_actions // self.max_turns)
+        stride = self.turn_actions if len(self.drift) == 1 else -(-self.max_actions // self.max_turns)
         episode, turns = self.episode(problem), []
         while not episode.over:
             plan = self.plan(board, episode.state, rng) if turns else plans[0]
@@ -687,6 +687,7 @@ class FrozenLake(Grid):
 
     def __post_init__(self):
         slip = "The ice is slippery: a move may go to either side instead." if self.slippery else ""
+        self.drift = (-1, 0, 1) if self.slippery else (0,)
         self.rules = f"Walk to the goal G, not into a hole O. P you, _ ice, X you in a hole, √ you at the goal. {slip}"
         super().__post_init__()
 
@@ -699,10 +700,6 @@ class FrozenLake(Grid):
     def move(self, board, state, action):
         to = self.beside(state, action)
         return state if to is None or self.ended(board, state) is not None else to
-
-    def moves(self, board, state, action):
-        turns = (-1, 0, 1) if self.slippery else (0,)
-        return [self.move(board, state, (action + turn) % 4) for turn in turns]
 
     def ended(self, board, state):
         return {"G": True, "O": False}.get(board[state])
@@ -817,7 +814,7 @@ class Sudoku(Task):
         return Demonstration(problem, list(sketches), [write_answer(self.write(problem.data[1]), steps)])
 
 
-# --------------------------------------------------------------- records: JSONL, parquet, hub; exact or mathematical
+# ---------------------------------------------------------- records: JSONL, hub, reasoning-gym; exact or mathematical
 
 
 class Record(NamedTuple):
@@ -830,17 +827,13 @@ class Record(NamedTuple):
 
 
 def read_records(source: str) -> list[Record]:
-    """The records of a JSONL or parquet file or of a hub data set, owner/name[:config[:split]], in the forms of GSM8K,
-    MATH or AIME: question or problem, and answer or solution, in any case. ValueError that names file, line and rule
-    for a broken one. Or of a data set of reasoning-gym, gym:name:{its options as JSON}."""
+    """The records of a JSONL file; of a data set on the hub or in a folder, owner/name[:config[:split]]; or of one of
+    reasoning-gym, gym:name:{its options as JSON}. Read are the forms of GSM8K, MATH or AIME: question or problem, and
+    answer or solution, in any case. ValueError that names file, line and rule for a broken one."""
     try:
         if source.startswith("gym:"):
             rows = read_gym(*source.split(":", 2)[1:])
-        elif source.endswith(".parquet"):
-            from pyarrow.parquet import read_table
-
-            rows = read_table(source).to_pylist()
-        elif source.endswith((".json", ".jsonl")) or Path(source).exists():
+        elif source.endswith((".json", ".jsonl")) or Path(source).is_file():
             rows = map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
         else:
             from datasets import load_dataset
@@ -848,14 +841,14 @@ def read_records(source: str) -> list[Record]:
             name, config, split = (source.split(":") + ["", ""])[:3]
             rows = load_dataset(name, config or None, split=split or "train")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl or .parquet file or a hub id") from None
+        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl file, a folder or a hub id") from None
     records = [read_record(f"{source}, line {i}", row) for i, row in enumerate(rows, 1) if row]
     if not records:
-        raise ValueError(f"{source}: holds no record; give one JSON object per line")
+        raise ValueError(f"{source}: holds no record; give questions with answers")
     return records
 
 
-def read_gym(name: str, options: str) -> list[dict]:
+def read_gym(name: str, options: str = "{}") -> list[dict]:
     """The problems of a data set of reasoning-gym that have an answer. Right is this answer, even where others would
     do: the data sets' verifiers are never asked, some of them run what they are given as a program."""
     from reasoning_gym.factory import DATASETS, create_dataset
@@ -864,12 +857,11 @@ def read_gym(name: str, options: str) -> list[dict]:
         raise ValueError(f"task gym:{name}: must be one of gym: {', '.join(sorted(DATASETS))}")
     options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
     try:
-        dataset = create_dataset(name, **dict(seed=0, size=2000) | options)
-        pairs = [(entry["question"], entry["answer"]) for entry in dataset]
+        rows = create_dataset(name, **dict(seed=0, size=2000) | options)
+        return [row for row in rows if row["answer"]]
     except Exception as error:
         # its data sets assert, or raise what they like
         raise ValueError(f"task gym:{name} with {options}: {error}") from None
-    return [dict(question=text, answer=str(answer)) for text, answer in pairs if answer not in (None, "")]
 
 
 def read_record(where: str, row: dict | str) -> Record:
@@ -928,7 +920,7 @@ def shuffled(n: int, seed: str) -> list[int]:
 
 @dataclass
 class Records(Task):
-    """Questions with one right answer each, from a JSONL or parquet file or the hub.
+    """Questions with one right answer each, from a source of `read_records`.
 
     exact=True: right is the same text, case and spacing aside. exact=False: right is an equivalent expression, first by
     a plain normaliser, then by math-verify in a process that is killed if it takes too long. validation="": a tenth of

@@ -709,10 +709,14 @@ def test_the_forms_of_gsm8k_math_and_aime(tmp_path):
     assert records["gsm8k"] == Record("gsm8k", "7", rows[0]["answer"])
     assert records["math"] == Record("math", "\\frac{1}{2}", rows[1]["solution"])
     assert records["aime"] == Record("aime", "204", rows[2]["Solution"])
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = pytest.importorskip("pyarrow").Table.from_pylist([rows[0], {"question": "two", "answer": "#### 8"}])
-    parquet.write_table(table, tmp_path / "forms.parquet")
-    assert tasks.read_records(str(tmp_path / "forms.parquet"))[0] == records["gsm8k"]
+
+
+def test_records_of_a_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": "one", "answer": "#### 7"}, {"question": "two", "answer": "Add.\n#### 8"}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "mine" / "train.parquet")
+    assert tasks.read_records(str(tmp_path / "mine"))[1] == Record("two", "8", rows[1]["answer"])
 
 
 def equivalent_pairs() -> list[tuple[str, str]]:
