@@ -35,7 +35,7 @@ from fractions import Fraction
 from functools import cache, partial
 from itertools import accumulate, count, islice, permutations, product
 from math import isqrt
-from operator import add, contains, eq, itemgetter, mul, sub, truediv
+from operator import add, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
 from statistics import fmean
 from subprocess import DEVNULL, PIPE, Popen
@@ -549,9 +549,6 @@ class Grid(Task):
         names = [part.strip().capitalize() for part in extract_answer(text).split("||")]
         return [self.actions.index(name) for name in names] if set(names) <= set(self.actions) else []
 
-    def write_actions(self, actions: Sequence[int]) -> str:
-        return write_answer(" || ".join(self.actions[action] for action in actions))
-
     def plan(self, board, state, rng) -> list[int]:
         """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
         say; [] if max_actions are not enough."""
@@ -599,7 +596,8 @@ class Grid(Task):
         episode, turns = self.episode(problem), []
         while not episode.over:
             plan = self.plan(board, episode.state, rng) if turns else plans[0]
-            turns.append(self.write_actions(plan[:stride] or [0]))
+            names = [self.actions[action] for action in plan[:stride] or [0]]
+            turns.append(write_answer(" || ".join(names)))
             episode.act(turns[-1])
         return Demonstration(problem, [text for text in sketches if text][:6], turns)
 
@@ -791,9 +789,9 @@ class Sudoku(Task):
 
     def score(self, data, text):
         digits = re.sub(r"[\s|+-]+", "", extract_answer(text))
-        givens = [str(number) if number else self.numbers for number in data[0]]
-        fits = len(digits) == len(givens) and all(map(contains, givens, digits))
-        return judged(fits and digits, digits == "".join(map(str, data[1])))
+        form = "".join(str(number or f"[1-{self.size}]") for number in data[0])
+        key = re.fullmatch(form, digits) and digits
+        return judged(key, digits == "".join(map(str, data[1])))
 
     def floor(self):
         return self.size**-self.blanks
