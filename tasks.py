@@ -115,7 +115,8 @@ class SingleTurn:
 
 
 class Task:
-    """What every task has. One that is answered in a single turn is complete with `words` and these three:
+    """What every task has. One that is answered in a single turn is complete with `words` and these three, the first of
+    which it does not need where it has an `only_problem`:
 
     draw(rng, keep) -> (text, data) | None    one candidate; keep(canonical) says whether it is of the split being drawn
     score(data, text) -> Outcome              the verifier
@@ -135,8 +136,8 @@ class Task:
     answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
     # the closed vocabulary of all its texts; [] for tasks that have none
     words: list[str] = []
-    # the only problem, of a task that has but one
-    text = ""
+    # its text, where there is only one problem
+    only_problem = ""
 
     def problems(self, split: str, seed: int) -> Problems:
         """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone. Half of
@@ -146,11 +147,11 @@ class Task:
         return Problems(partial(self.make, split, seed), self.num_problems(split))
 
     def num_problems(self, split: str) -> int:
-        return 1 if self.text else 2**31
+        return 1 if self.only_problem else 2**31
 
     def make(self, split: str, seed: int, i: int) -> Problem:
-        if self.text:
-            return Problem(i, self.text, None)
+        if self.only_problem:
+            return Problem(i, self.only_problem, None)
         wanted = split == "train"
         rng = random.Random(f"{self.name} {split} {seed} {i}")
         for _ in range(10_000):
@@ -256,7 +257,7 @@ class Synthetic(Task):
     fade: float = 0.1
 
     name, two_stage = "synthetic", False
-    text = "Find the treasures of China."
+    only_problem = "Find the treasures of China."
     sketch_tokens, solution_tokens = 32, 32
     tiny_tokens = dict(sketch=4, solution=4)
     sketch_hint = "one guess: a province, a city and a district of China in Chinese, separated by spaces"
@@ -269,7 +270,7 @@ class Synthetic(Task):
         self.real = frozenset(paths)
         rng = random.Random(f"treasures {self.treasure_seed}")
         self.targets = frozenset(rng.sample(paths, self.treasures))
-        self.words = [*self.text.split(), *sorted({name for path in paths for name in path})]
+        self.words = [*self.only_problem.split(), *sorted({name for path in paths for name in path})]
         # the tree: for every beginning of a path those one name longer, in file order
         self.children = defaultdict(dict)
         for path, depth in product(paths, range(3)):
@@ -934,8 +935,8 @@ class Records(Task):
     sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        kind, _, name = self.train.partition(":")
         if self.exact:
+            kind, _, name = self.train.partition(":")
             self.name = f"gym-{name.partition(':')[0]}" if kind == "gym" else f"jsonl-{Path(self.train).stem}"
         else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."

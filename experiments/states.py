@@ -41,7 +41,7 @@ class States(Task):
     """Name a U.S. state. One problem; right is a text that names exactly one of the fifty."""
 
     name, two_stage = "states", False
-    text = "Name a U.S. state."
+    only_problem = "Name a U.S. state."
     sketch_tokens, solution_tokens = 12, 12
     tiny_tokens = dict(sketch=2, solution=2)
     targets = frozenset(STATES)

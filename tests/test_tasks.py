@@ -779,7 +779,7 @@ def test_the_judge_kills_what_takes_too_long_and_recovers(math_task):
     for bomb in "9^{9^{9^{9}}}", "100000000000!", "(" * 2000:
         start = time.monotonic()
         assert not tasks.equivalent("\\sqrt{8}", bomb)
-        assert time.monotonic() - start < 2.5
+        assert time.monotonic() - start < tasks.WAIT_LIMIT  # on a busy machine 1.5 s of computing take longer
     assert tasks.equivalent("\\sqrt{8}", "2\\sqrt{2}") and tasks.judge() is helper  # only forks were killed
     helper.kill()
     helper.wait()
