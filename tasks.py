@@ -35,7 +35,7 @@ from fractions import Fraction
 from functools import cache, partial
 from itertools import accumulate, count, islice, permutations, product
 from math import isqrt
-from operator import add, contains, eq, itemgetter, mul, sub, truediv
+from operator import add, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
 from statistics import fmean
 from subprocess import DEVNULL, PIPE, Popen
@@ -115,7 +115,8 @@ class SingleTurn:
 
 
 class Task:
-    """What every task has. One that is answered in a single turn is complete with `words` and these three:
+    """What every task has. One that is answered in a single turn is complete with `words` and these three, the first of
+    which it does not need where it has an `only_problem`:
 
     draw(rng, keep) -> (text, data) | None    one candidate; keep(canonical) says whether it is of the split being drawn
     score(data, text) -> Outcome              the verifier
@@ -135,6 +136,8 @@ class Task:
     answer_hint = "You may think first inside <think> </think>; then give only the answer, as <answer> ... </answer>."
     # the closed vocabulary of all its texts; [] for tasks that have none
     words: list[str] = []
+    # its text, where there is only one problem
+    only_problem = ""
 
     def problems(self, split: str, seed: int) -> Problems:
         """The problems of a split ("train" or "validation"); item i is a function of (seed, split, i) alone. Half of
@@ -144,9 +147,11 @@ class Task:
         return Problems(partial(self.make, split, seed), self.num_problems(split))
 
     def num_problems(self, split: str) -> int:
-        return 2**31
+        return 1 if self.only_problem else 2**31
 
     def make(self, split: str, seed: int, i: int) -> Problem:
+        if self.only_problem:
+            return Problem(i, self.only_problem, None)
         wanted = split == "train"
         rng = random.Random(f"{self.name} {split} {seed} {i}")
         for _ in range(10_000):
@@ -156,9 +161,6 @@ class Task:
 
     def episode(self, problem: Problem):
         return SingleTurn(problem, self.score)
-
-    def guess(self, problem: Problem, rng: random.Random) -> list[str] | None:
-        """The turns of a random policy, well-formed and blind to the goal; None where none is natural."""
 
     def demonstrations(self, rng: random.Random) -> Iterator[Demonstration]:
         """Endless demonstrations on training problems, without those that fail (on slippery ice)."""
@@ -172,14 +174,14 @@ class Task:
                 raise ValueError(f"{self}: 1,000 demonstrations in a row failed; choose easier options")
 
     def floor(self) -> float | None:
-        """Success rate of the random policy on 2,000 fixed validation problems, computed once and cached."""
+        """Success rate of a random policy, well-formed and blind to the goal; None where none is natural."""
 
     def ceiling(self) -> float | None:
-        """Success rate of a solver on the same problems, computed once and cached."""
-        return self.measured("ceiling", lambda p, rng: play(self, p, self.demonstrate(p, rng).turns).success)
+        """Success rate of the best policy: 1 where demonstrations always succeed."""
+        return 1.0
 
     def measured(self, what: str, rate: Callable) -> float:
-        """The mean of rate(problem, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
+        """The mean of rate(data, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
         recipe = Path(__file__).read_text(), inspect.getsource(type(self)), str(self)
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -187,7 +189,7 @@ class Task:
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
         rng = random.Random(0)
-        result = fmean(rate(p, rng) for p in islice(self.problems("validation", 0), 2000))
+        result = fmean(rate(p.data, rng) for p in islice(self.problems("validation", 0), 2000))
         # a cache that cannot be written only costs time
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +257,7 @@ class Synthetic(Task):
     fade: float = 0.1
 
     name, two_stage = "synthetic", False
-    text = "Find the treasures of China."
+    only_problem = "Find the treasures of China."
     sketch_tokens, solution_tokens = 32, 32
     tiny_tokens = dict(sketch=4, solution=4)
     sketch_hint = "one guess: a province, a city and a district of China in Chinese, separated by spaces"
@@ -268,24 +270,15 @@ class Synthetic(Task):
         self.real = frozenset(paths)
         rng = random.Random(f"treasures {self.treasure_seed}")
         self.targets = frozenset(rng.sample(paths, self.treasures))
-        self.words = [*self.text.split(), *sorted({name for path in paths for name in path})]
+        self.words = [*self.only_problem.split(), *sorted({name for path in paths for name in path})]
         # the tree: for every beginning of a path those one name longer, in file order
         self.children = defaultdict(dict)
         for path, depth in product(paths, range(3)):
             self.children[path[:depth]][path[: depth + 1]] = None
 
-    def num_problems(self, split):
-        return 1
-
-    def make(self, split, seed, i):
-        return Problem(i, self.text, None)
-
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
         return judged(path, path in self.targets) if path in self.real else NOTHING
-
-    def guess(self, problem, rng):
-        return [" ".join(rng.choice(self.paths))]
 
     def demonstrate(self, problem, rng):
         """A chain that spreads and does not repeat, and knows nothing of the treasures.
@@ -308,9 +301,6 @@ class Synthetic(Task):
     def floor(self):
         return self.treasures / len(self.paths)
 
-    def ceiling(self):
-        return 1.0
-
 
 # ----------------------------------------------------------------------------------------------------------- countdown
 
@@ -323,11 +313,10 @@ DIFFICULTIES = dict(easy=((3,), 12, 99), normal=((3, 4), 20, 100), hard=((4,), 9
 
 def combinations(pool: list, top: int) -> Iterator[tuple[list, str]]:
     """All ways to join two (value, text) by an operation that gives a whole number of 1 to top: (shorter, step)."""
-    for i, j in permutations(range(len(pool)), 2):
-        (a, left), (b, right) = pool[i], pool[j]
+    for (i, (a, left)), (j, (b, right)) in permutations(enumerate(pool), 2):
         values = {"+": a + b, "*": a * b} if i < j else {}
         values |= {"-": a - b, "/": 0 if a % b else a // b}
-        rest = [pool[k] for k in range(len(pool)) if k not in (i, j)]
+        rest = [other for k, other in enumerate(pool) if k not in (i, j)]
         for operator, value in values.items():
             if 0 < value <= top:
                 joined = value, f"( {left} {operator} {right} )"
@@ -441,11 +430,13 @@ class Countdown(Task):
                 return judged(canonical(tree), 1.0 if evaluate(tree) == target else 0.1)
         return NOTHING
 
-    def guess(self, problem, rng):
-        return [write_answer(combine_at_random(problem.data[0], self.top, rng)[1])]
-
     def floor(self):
-        return self.measured("floor", lambda p, rng: fmean(play(self, p, self.guess(p, rng)).success for _ in range(4)))
+        """Success rate of random combinations of all numbers, four for each problem."""
+
+        def rate(data, rng):
+            return fmean(combine_at_random(data[0], self.top, rng)[0] == data[1] for _ in range(4))
+
+        return self.measured("floor", rate)
 
     def demonstrate(self, problem, rng):
         """A solution step by step. Sketches: all first combinations that lead to one, then combinations that do not."""
@@ -511,6 +502,7 @@ class Grid(Task):
     glyph(board, state, cell) -> str            the picture of a cell
     sketch(board, state, plan) -> str           the method of a plan in a few words, "" if there is nothing to say
     actions, vocabulary, rules, limits          names, all words beside those of the form, text, ranges of the options
+    drift                                       what may be added to an action instead of doing it, equally likely
     """
 
     size: int = 4
@@ -519,6 +511,7 @@ class Grid(Task):
     max_actions: int = 10
 
     solution_tokens = 400
+    drift = (0,)
     steps = dict(Up=(-1, 0), Down=(1, 0), Left=(0, -1), Right=(0, 1))
 
     def __post_init__(self):
@@ -531,7 +524,7 @@ class Grid(Task):
 
     def moves(self, board, state, action) -> list[Hashable]:
         """The next states that may follow, equally likely."""
-        return [self.move(board, state, action)]
+        return [self.move(board, state, (action + turn) % 4) for turn in self.drift]
 
     def beside(self, cell: int, action: int) -> int | None:
         """The neighbouring cell in the direction of the action, None beyond the edge."""
@@ -556,9 +549,6 @@ class Grid(Task):
         """The actions of the last answer; [] if there is none or one of them is unknown."""
         names = [part.strip().capitalize() for part in extract_answer(text).split("||")]
         return [self.actions.index(name) for name in names] if set(names) <= set(self.actions) else []
-
-    def write_actions(self, actions: Sequence[int]) -> str:
-        return write_answer(" || ".join(self.actions[action] for action in actions))
 
     def plan(self, board, state, rng) -> list[int]:
         """A shortest list of actions to the goal by breadth-first search (ties by rng), as if all moves did what they
@@ -590,14 +580,11 @@ class Grid(Task):
 
     def floor(self):
         """The exact success rate of uniformly random actions, on 2,000 fixed validation problems."""
-        return self.measured("floor", lambda p, _: self.value(p.data[0], fmean)(p.data[1], self.max_actions))
+        return self.measured("floor", lambda data, _: self.value(data[0], fmean)(data[1], self.max_actions))
 
     def ceiling(self):
         """The exact success rate of the best policy that sees the result of each action before it chooses the next."""
-        return self.measured("ceiling", lambda p, _: self.value(p.data[0], max)(p.data[1], self.max_actions))
-
-    def guess(self, problem, rng):
-        return [self.write_actions(rng.choices(range(4), k=self.turn_actions)) for _ in range(self.max_turns)]
+        return self.measured("ceiling", lambda data, _: self.value(data[0], max)(data[1], self.max_actions))
 
     def demonstrate(self, problem, rng):
         """A shortest way, planned anew each turn; the sketches are of this plan, then of others, good and bad."""
@@ -606,12 +593,12 @@ class Grid(Task):
         wild = [rng.choices(range(4), k=rng.randint(min(3, self.max_actions), self.max_actions)) for _ in range(6)]
         sketches = dict.fromkeys(self.sketch(board, start, plan) for plan in [*plans, *wild])
         # on slippery ice as few actions a turn as use up all of them
-        certain = len(self.moves(board, start, 0)) == 1
-        stride = self.turn_actions if certain else -(-self.max_actions // self.max_turns)
+        stride = self.turn_actions if len(self.drift) == 1 else -(-self.max_actions // self.max_turns)
         episode, turns = self.episode(problem), []
         while not episode.over:
             plan = self.plan(board, episode.state, rng) if turns else plans[0]
-            turns.append(self.write_actions(plan[:stride] or [0]))
+            names = [self.actions[action] for action in plan[:stride] or [0]]
+            turns.append(write_answer(" || ".join(names)))
             episode.act(turns[-1])
         return Demonstration(problem, [text for text in sketches if text][:6], turns)
 
@@ -699,6 +686,7 @@ class FrozenLake(Grid):
 
     def __post_init__(self):
         slip = "The ice is slippery: a move may go to either side instead." if self.slippery else ""
+        self.drift = (-1, 0, 1) if self.slippery else (0,)
         self.rules = f"Walk to the goal G, not into a hole O. P you, _ ice, X you in a hole, √ you at the goal. {slip}"
         super().__post_init__()
 
@@ -711,10 +699,6 @@ class FrozenLake(Grid):
     def move(self, board, state, action):
         to = self.beside(state, action)
         return state if to is None or self.ended(board, state) is not None else to
-
-    def moves(self, board, state, action):
-        turns = (-1, 0, 1) if self.slippery else (0,)
-        return [self.move(board, state, (action + turn) % 4) for turn in turns]
 
     def ended(self, board, state):
         return {"G": True, "O": False}.get(board[state])
@@ -806,13 +790,9 @@ class Sudoku(Task):
 
     def score(self, data, text):
         digits = re.sub(r"[\s|+-]+", "", extract_answer(text))
-        givens = [str(number) if number else self.numbers for number in data[0]]
-        fits = len(digits) == len(givens) and all(map(contains, givens, digits))
-        return judged(fits and digits, digits == "".join(map(str, data[1])))
-
-    def guess(self, problem, rng):
-        filled = [number or rng.randint(1, self.size) for number in problem.data[0]]
-        return [write_answer(self.write(filled))]
+        form = "".join(str(number or f"[1-{self.size}]") for number in data[0])
+        key = re.fullmatch(form, digits) and digits
+        return judged(key, digits == "".join(map(str, data[1])))
 
     def floor(self):
         return self.size**-self.blanks
@@ -833,7 +813,7 @@ class Sudoku(Task):
         return Demonstration(problem, list(sketches), [write_answer(self.write(problem.data[1]), steps)])
 
 
-# --------------------------------------------------------------- records: JSONL, parquet, hub; exact or mathematical
+# ---------------------------------------------------------- records: JSONL, hub, reasoning-gym; exact or mathematical
 
 
 class Record(NamedTuple):
@@ -846,15 +826,13 @@ class Record(NamedTuple):
 
 
 def read_records(source: str) -> list[Record]:
-    """The records of a JSONL or parquet file or of a hub data set, owner/name[:config[:split]], in the forms of GSM8K,
-    MATH or AIME: question or problem, and answer or solution, in any case. ValueError that names file, line and rule
-    for a broken one."""
+    """The records of a JSONL file; of a data set on the hub or in a folder, owner/name[:config[:split]]; or of one of
+    reasoning-gym, gym:name:{its options as JSON}. Read are the forms of GSM8K, MATH or AIME: question or problem, and
+    answer or solution, in any case. ValueError that names file, line and rule for a broken one."""
     try:
-        if source.endswith(".parquet"):
-            from pyarrow.parquet import read_table
-
-            rows = read_table(source).to_pylist()
-        elif source.endswith((".json", ".jsonl")) or Path(source).exists():
+        if source.startswith("gym:"):
+            rows = read_gym(*source.split(":", 2)[1:])
+        elif source.endswith((".json", ".jsonl")) or Path(source).is_file():
             rows = map(str.strip, Path(source).read_text(encoding="utf-8-sig").split("\n"))
         else:
             from datasets import load_dataset
@@ -862,11 +840,27 @@ def read_records(source: str) -> list[Record]:
             name, config, split = (source.split(":") + ["", ""])[:3]
             rows = load_dataset(name, config or None, split=split or "train")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl or .parquet file or a hub id") from None
+        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl file, a folder or a hub id") from None
     records = [read_record(f"{source}, line {i}", row) for i, row in enumerate(rows, 1) if row]
     if not records:
-        raise ValueError(f"{source}: holds no record; give one JSON object per line")
+        raise ValueError(f"{source}: holds no record; give questions with answers")
     return records
+
+
+def read_gym(name: str, options: str = "{}") -> list[dict]:
+    """The problems of a data set of reasoning-gym that have an answer. Right is this answer, even where others would
+    do: the data sets' verifiers are never asked, some of them run what they are given as a program."""
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if name not in DATASETS:
+        raise ValueError(f"task gym:{name}: must be one of gym: {', '.join(sorted(DATASETS))}")
+    options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
+    try:
+        rows = create_dataset(name, **dict(seed=0, size=2000) | options)
+        return [row for row in rows if row["answer"]]
+    except Exception as error:
+        # its data sets assert, or raise what they like
+        raise ValueError(f"task gym:{name} with {options}: {error}") from None
 
 
 def read_record(where: str, row: dict | str) -> Record:
@@ -925,7 +919,7 @@ def shuffled(n: int, seed: str) -> list[int]:
 
 @dataclass
 class Records(Task):
-    """Questions with one right answer each, from a JSONL or parquet file or the hub.
+    """Questions with one right answer each, from a source of `read_records`.
 
     exact=True: right is the same text, case and spacing aside. exact=False: right is an equivalent expression, first by
     a plain normaliser, then by math-verify in a process that is killed if it takes too long. validation="": a tenth of
@@ -941,9 +935,9 @@ class Records(Task):
     sketch_hint = "the approach: which method to use and why, in a sentence or two, without carrying it out"
 
     def __post_init__(self):
-        self.judge = Judge()
         if self.exact:
-            self.name = f"jsonl-{Path(self.train).stem}"
+            kind, _, name = self.train.partition(":")
+            self.name = f"gym-{name.partition(':')[0]}" if kind == "gym" else f"jsonl-{Path(self.train).stem}"
         else:
             self.answer_hint = "Reason step by step, and end with the final answer as \\boxed{ ... }."
             importlib.import_module("math_verify")
@@ -975,7 +969,7 @@ class Records(Task):
         key, right = map(plain_text if self.exact else plain_math, (answer, data.answer))
         if self.exact or key in ("", right) or NUMBER.fullmatch(key) and NUMBER.fullmatch(right):
             return judged(key, key == right)
-        return judged(key, self.judge.ask(data.answer, answer))
+        return judged(key, equivalent(data.answer, answer))
 
     def demonstrate(self, problem, rng):
         """The approach is the first sentence of the worked solution, where there is one."""
@@ -988,108 +982,59 @@ class Records(Task):
 # ------------------------------------------------------------- equivalent expressions, judged in a killable process
 
 
-class Judge:
-    """A helper process for math-verify, whose running time nobody bounds.
+# seconds of computing, seconds in all, bytes
+TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
 
-    The process imports the library once and forks for each question; the kernel's timers kill a fork that takes longer
-    than its limits, whatever it is doing; a limit on memory stops the other kind of bomb. Its exit code is the verdict.
-    """
 
-    # seconds of computing, seconds in all, bytes
-    TIME_LIMIT, WAIT_LIMIT, MEMORY_LIMIT = 1.5, 10, 4 << 30
+@cache
+def judge() -> Popen:
+    """The process of serve_judge, started when first needed."""
+    return Popen([sys.executable, __file__], stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
 
-    def __init__(self):
-        self.process = None
 
-    def ask(self, right: str, answer: str) -> bool:
-        """Are they equivalent? False if that was not found in time."""
-        # started when first needed
-        if self.process is None:
-            command = [sys.executable, __file__]
-            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
-        with suppress(OSError, ValueError):
-            print(json.dumps([right, answer]), file=self.process.stdin, flush=True)
-            return int(self.process.stdout.readline()) == 1
-        self.process.kill()
-        self.process = None
-        return False
+def equivalent(right: str, answer: str) -> bool:
+    """What math-verify says of two answers; False if that was not found in time."""
+    with suppress(OSError, ValueError):
+        print(json.dumps([right, answer]), file=judge().stdin, flush=True)
+        return int(judge().stdout.readline()) == 1
+    judge().kill()
+    judge.cache_clear()
+    return False
 
 
 def serve_judge():
-    """The loop of the helper process: two answers as a JSON list per line in, 1 or 0 per line out."""
+    """Two answers as a JSON list per line in, 1 or 0 per line out, for as long as there are lines.
+
+    Nobody bounds the running time of math-verify. It is imported once, and a fork answers each question: the kernel's
+    timers kill it when it has taken too long, whatever it is doing; a limit on memory stops the other kind of bomb. Its
+    exit code is the verdict.
+    """
     import resource
 
-    # libraries may print
-    replies, sys.stdout = sys.stdout, sys.stderr
-    equivalent = load_judge()
-    for line in sys.stdin:
-        if not (child := os.fork()):
-            try:
-                resource.setrlimit(resource.RLIMIT_AS, (Judge.MEMORY_LIMIT, Judge.MEMORY_LIMIT))
-                signal.setitimer(signal.ITIMER_PROF, Judge.TIME_LIMIT)
-                signal.alarm(Judge.WAIT_LIMIT)
-                os._exit(equivalent(*json.loads(line)))
-            finally:
-                # no clean-up and no traceback: this is a copy of the server
-                os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(max(0, status), file=replies, flush=True)
-
-
-def load_judge() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
 
     # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
     options = dict(extraction_config=[LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
 
-    def equivalent(*answers):
+    def same(answers):
         sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
         return all(sides) and verify(*sides, timeout_seconds=None)
 
+    # libraries may print
+    replies, sys.stdout = sys.stdout, sys.stderr
     # fills the caches of the parser before the first fork
-    equivalent("\\frac{1}{2}", "0.5")
-    return equivalent
-
-
-# ------------------------------------------------------------------------------------------------------ reasoning-gym
-
-
-@dataclass
-class Gym(Task):
-    """A data set of reasoning-gym; its options are those of the data set. There is no closed vocabulary for tiny.
-
-    Right is the data set's own answer, case and spacing aside, even where others would do: some of its verifiers run
-    what they are given as a program, so none of them is used.
-    """
-
-    source: str
-    config: dict[str, Any]
-    solution_tokens = 1024
-
-    def __post_init__(self):
-        from reasoning_gym.factory import DATASETS, create_dataset
-
-        self.name, asked = f"gym-{self.source}", f"gym:{self.source}"
-        if self.source not in DATASETS:
-            raise ValueError(f"task {asked}: must be one of gym: {', '.join(sorted(DATASETS))}")
-        # the size is for both splits; some data sets make all their problems at the start
-        options = dict(seed=0, size=20_000) | check_options(asked, DATASETS[self.source][1], self.config)
-        try:
-            self.dataset = create_dataset(self.source, **options)
-        except Exception as error:
-            # its data sets assert, or raise what they like
-            raise ValueError(f"task {asked} with {options}: {error}") from None
-
-    def draw(self, rng, keep):
-        entry = self.dataset[rng.randrange(len(self.dataset))]
-        return (entry["question"], str(entry["answer"])) if keep(entry["question"]) else None
-
-    def score(self, data, text):
-        key = plain_text(extract_answer(text))
-        return judged(key, key == plain_text(data))
-
-    def demonstrate(self, problem, rng):
-        return Demonstration(problem, ["answer directly"], [write_answer(problem.data)])
+    same(["\\frac{1}{2}", "0.5"])
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            # no clean-up and no traceback: this is a copy of the server
+            with suppress(BaseException):
+                resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+                signal.setitimer(signal.ITIMER_PROF, TIME_LIMIT)
+                signal.alarm(WAIT_LIMIT)
+                os._exit(same(json.loads(line)))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(max(0, status), file=replies, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- make a task
@@ -1107,8 +1052,8 @@ def make_task(name: str, **options) -> Task:
     kind, _, source = name.partition(":")
     try:
         if kind == "gym" and source:
-            return Gym(source, options)
-        if kind == "jsonl" and source:
+            source, options = f"{name}:{json.dumps(options)}", {}
+        if kind in ("jsonl", "gym") and source:
             cls = partial(Records, train=source, validation="", exact=True)
         elif file := re.fullmatch(r"(.*\.py):?(\w*)", name):
             cls = load_class(*file.groups())
@@ -1147,13 +1092,12 @@ def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:
 
 
 def show(task: Task, n: int = 3, seed: int = 0) -> None:
-    """Print n problems, each with a demonstration and a random guess, and what they earn."""
+    """Print n problems, each with a demonstration and what it earns."""
     rng, problems = random.Random(seed), task.problems("train", seed)
     for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
         print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
-        guess = task.guess(problem, rng) or ["<answer> I do not know </answer>"]
-        for kind, texts in ("demonstration", turns or sketches[:1]), ("a guess", guess):
-            print(f"{kind}: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
+        texts = turns or sketches[:1]
+        print(f"demonstration: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # train.py loads this file too, as a task
 import runs  # noqa: E402
 
-from tasks import NOTHING, Demonstration, Outcome, Problem, Task  # noqa: E402
+from tasks import NOTHING, Demonstration, Outcome, Task  # noqa: E402
 
 RESULTS, PICTURE = HERE / "states.jsonl", HERE / "states.png"
 STATES = """Alabama Alaska Arizona Arkansas California Colorado Connecticut Delaware Florida Georgia Hawaii Idaho
@@ -41,6 +41,7 @@ class States(Task):
     """Name a U.S. state. One problem; right is a text that names exactly one of the fifty."""
 
     name, two_stage = "states", False
+    only_problem = "Name a U.S. state."
     sketch_tokens, solution_tokens = 12, 12
     tiny_tokens = dict(sketch=2, solution=2)
     targets = frozenset(STATES)
@@ -50,24 +51,12 @@ class States(Task):
         longest_first = sorted(STATES, key=len, reverse=True)
         self.pattern = re.compile(rf"\b({'|'.join(longest_first).replace('-', '[ -]')})\b")
 
-    def num_problems(self, split):
-        return 1
-
-    def make(self, split, seed, i):
-        return Problem(i, "Name a U.S. state.", None)
-
     def score(self, data, text):
         found = {name.replace(" ", "-") for name in self.pattern.findall(text[:200])}
         return Outcome(1.0, True, min(found), True) if len(found) == 1 else NOTHING
 
-    def guess(self, problem, rng):
-        return [rng.choice(STATES)]
-
     def demonstrate(self, problem, rng):
         return Demonstration(problem, rng.sample(STATES, 8), [])
-
-    def ceiling(self):
-        return 1.0
 
 
 BOTH = "--method grpo --repeats zero --rarity 0.5 --advantage_scale none"
