@@ -71,60 +71,29 @@ Outcomes = Sequence[Outcome]
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts: from text to token ids
 
-TASK = "{problem}\n\n{answer_hint}"
-
-
 @dataclass(frozen=True)
 class Prompts:
     """The texts around a problem; in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation} {count}.
+    data/prompts.json has those in use. Where the sketches are the answers, only `sketch` and `next` are.
 
-    `direct` and `sketch` should begin alike: what they share is computed once per problem and forked.
+    `direct` and `sketch` should begin alike: what they share is computed once per problem and forked. With an empty
+    `next` a chain goes on without being asked.
     """
 
-    direct: str = TASK
-    sketch: str = TASK + "\n\nDo not solve it yet. On one line, write {sketch_hint}."
-    next: str = "On one line, write another one, different from all of yours above."
-    list: str = TASK + "\n\nDo not solve it yet. {count} times, line by line, write {sketch_hint}."
-    solve: str = TASK + "\n\nFollow this approach: {sketch}"
-    turn: str = "{observation}"
+    direct: str
+    sketch: str
+    next: str
+    list: str
+    solve: str
+    turn: str
 
-    def replaced(self, values: dict) -> "Prompts":
-        """These with some replaced; ValueError for an unknown name, or a `solve` without {sketch}."""
-        for name, text in values.items():
-            if name not in vars(self) or not isinstance(text, str):
-                raise ValueError(f"prompt {name!r}: must be one of {', '.join(vars(self))}, each a string")
-        prompts = replace(self, **values)
-        if prompts.solve.count("{sketch}") != 1:
-            raise ValueError(f"prompt 'solve' is {prompts.solve!r}: must hold {{sketch}} once, where the sketch goes")
-        return prompts
+    def __post_init__(self):
+        if not all(isinstance(text, str) for text in vars(self).values()) or self.solve.count("{sketch}") != 1:
+            raise ValueError("each prompt must be a text, and `solve` hold {sketch} once, where the sketch goes")
 
 
-# Where the sketches are the answers, only `sketch` and `next` are used.
-ANSWER_PROMPTS = Prompts(
-    sketch="{problem} Write {sketch_hint}. {answer_hint}",
-    next="Write another one, different from all of yours above.",
-)
-# A free question, `train.py --ask`.
-QUESTION_PROMPTS = Prompts(
-    sketch="{problem} Answer in a few words.",
-    next="Another one, different from all of yours above.",
-)
-# The tiny policy knows the words of its task and these few; a chain of sketches goes on without being asked.
-TINY_PROMPTS = Prompts(
-    direct="{problem} <solve>",
-    sketch="{problem} <sketch>",
-    next="",
-    solve="{problem} <sketch> {sketch} <solve>",
-    turn="{observation} <solve>",
-)
-TINY_ANSWER_PROMPTS = Prompts(sketch="{problem}", next="")
+# What the prompts of the tiny policy add to the words of its task.
 TINY_WORDS = ["<sketch>", "<solve>"]
-
-
-def default_prompts(tiny: bool, two_stage: bool) -> Prompts:
-    if tiny:
-        return TINY_PROMPTS if two_stage else TINY_ANSWER_PROMPTS
-    return Prompts() if two_stage else ANSWER_PROMPTS
 
 
 class Chat:

@@ -1091,14 +1091,5 @@ def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:
     return checked
 
 
-def show(task: Task, n: int = 3, seed: int = 0) -> None:
-    """Print n problems, each with a demonstration and what it earns."""
-    rng, problems = random.Random(seed), task.problems("train", seed)
-    for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(n)):
-        print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
-        texts = turns or sketches[:1]
-        print(f"demonstration: {' ... '.join(texts)}\n  {play(task, problem, texts)}")
-
-
 if __name__ == "__main__":
     serve_judge()

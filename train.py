@@ -280,6 +280,7 @@ import tasks
 from rl import TrainingSequence as Row
 from sampler import Sampler, SamplingParams, output_scaling
 
+DATA = Path(__file__).parent / "data"
 # What None stands for. Where sketches are the answers, measured by experiments/collapse.py; else as the paper, but for
 # the context of the loss ("is" beat "drop" on all four puzzles), with what a tiny policy needs by experiments/LOG.md.
 ANSWERS = dict(
@@ -502,7 +503,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
         if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
             raise FileNotFoundError("there is no such file or folder")
         model, tokenizer = load_pretrained(path, weights)
-    default = getattr(task, "prompts", sesa.default_prompts(False, task.two_stage))
+    default = default_prompts(task, tiny=False)
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     ours = dict(prompts=vars(default), limits=limits) | notes(name)
     ours["prompts"] = load_prompts(prompts, sesa.Prompts(**ours["prompts"]))
@@ -529,11 +530,16 @@ def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     return auto.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
+def default_prompts(task: tasks.Task, tiny: bool) -> sesa.Prompts:
+    """Those of data/prompts.json; what is not said for a kind of task is as for "solutions"."""
+    kind = getattr(task, "prompts", "solutions" if task.two_stage else "answers")
+    texts = read_json(DATA / "prompts.json")
+    return sesa.Prompts(**texts["solutions"] | texts["tiny " * tiny + kind])
+
+
 def load_prompts(path: str | None, default: sesa.Prompts) -> sesa.Prompts:
-    if path is None:
-        return default
-    with told(f"--prompts {path}", "must be a JSON object of texts"):
-        return default.replaced(read_json(Path(path)))
+    with told(f"--prompts {path}", f"must be a JSON object of some of the texts {', '.join(vars(default))}"):
+        return replace(default, **read_json(Path(path))) if path else default
 
 
 def tiny_policy(config: Config, task: tasks.Task) -> Policy:
@@ -551,7 +557,7 @@ def tiny_policy(config: Config, task: tasks.Task) -> Policy:
         # one base, whatever the seed of training
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(shape)
-    prompts = load_prompts(config.prompts, sesa.default_prompts(True, task.two_stage))
+    prompts = load_prompts(config.prompts, default_prompts(task, tiny=True))
     return Policy(model, tokenizer, prompts, dict(task.tiny_tokens), tiny=True)
 
 
@@ -1342,7 +1348,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
 class Question(tasks.Task):
     """A free question. No answer is right or wrong; two are equal if they have the same words."""
 
-    text: str
+    only_problem: str
     two_stage: bool = False
 
     name = "question"
@@ -1350,15 +1356,9 @@ class Question(tasks.Task):
     answer_hint = ""
 
     def __post_init__(self):
-        if not self.text.strip():
+        if not self.only_problem.strip():
             raise ValueError("--ask: the question is empty; give a text, or - to read it from stdin")
-        self.prompts = sesa.Prompts() if self.two_stage else sesa.QUESTION_PROMPTS
-
-    def num_problems(self, split: str) -> int:
-        return 1
-
-    def make(self, split: str, seed: int, i: int) -> tasks.Problem:
-        return tasks.Problem(i, self.text, None)
+        self.prompts = "solutions" if self.two_stage else "question"
 
     def score(self, data, text: str) -> tasks.Outcome:
         """
@@ -1410,7 +1410,7 @@ def answer(config: Config) -> None:
     found = dict(sequential=ask(explorer, plan, c.seed), iid=iid)
     different = {way: len({a["key"] for a in found[way]} - {None}) for way in found}
     if c.json:
-        given = dict(question=question.text, model=c.model, seed=c.seed, different=different)
+        given = dict(question=question.only_problem, model=c.model, seed=c.seed, different=different)
         return print(json_line(given | found), end="")
     for solution in found["sequential"] if c.two_stage else ():
         beside(solution["text"])
@@ -1428,7 +1428,6 @@ def one_line(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-DATA = Path(__file__).parent / "data"
 # of a terminal: green, yellow, faint, red
 COLOURS = dict(hit=32, repeat=33, miss=2, invalid=31)
 
@@ -1650,12 +1649,16 @@ def fitting_tokens(model: nn.Module, config: Config, on_gpu: bool) -> int:
 
 def show(config: Config, task: tasks.Task) -> None:
     """--show N: what the task looks like to a policy, and how it scores."""
-    tasks.show(task, config.show)
-    prompts = load_prompts(config.prompts, sesa.default_prompts(config.model == "tiny", task.two_stage))
-    explorer, problem = sesa.Explorer(None, task, None, prompts), task.problems("train", config.seed)[0]
+    prompts = load_prompts(config.prompts, default_prompts(task, config.model == "tiny"))
+    explorer, problems = sesa.Explorer(None, task, None, prompts), task.problems("train", config.seed)
     for name in ("direct", "sketch", "next", "solve") if task.two_stage else ("sketch", "next"):
-        text = explorer.text(getattr(prompts, name), problem=problem.text, sketch="<the sketch>")
+        text = explorer.text(getattr(prompts, name), problem=problems[0].text, sketch="<the sketch>")
         print(f"--- prompt '{name}'\n{text}\n")
+    rng = random.Random(config.seed)
+    for problem, sketches, turns in (task.demonstrate(problems[i], rng) for i in range(config.show)):
+        print(f"--- {task.name}, problem {problem.index}", problem.text, "sketches:", *sketches, sep="\n")
+        for texts in (turns or sketches[:1], ["<answer> I do not know </answer>"]):
+            print(f"written: {' ... '.join(texts)}\n  {tasks.play(task, problem, texts)}")
 
 
 def brief(evaluation: dict, size: int) -> dict[str, float]:

@@ -132,16 +132,6 @@ def test_solver_demonstrations_that_always_fail_end_in_an_error():
         next(task.demonstrations(random.Random(0)))
 
 
-def test_show_prints_problems_and_demonstrations(capsys, tmp_path):
-    jsonl = f"jsonl:{write_jsonl(tmp_path / 'r.jsonl', RECORDS)}"
-    for name in "synthetic", "countdown", "sokoban", "frozenlake", "sudoku", jsonl:
-        task = make_task(name)
-        tasks.show(task, 2)
-        printed = capsys.readouterr().out
-        assert printed.count("demonstration:") == printed.count("Outcome(") == 2
-        assert task.problems("train", 0)[0].text in printed
-
-
 # ----------------------------------------------------------------------------------------------------- hostile strings
 
 

@@ -749,7 +749,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --max_new_tokens"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
-        ("--prompts prompts.json", "prompt 'solve' is 'no place': must hold {sketch} once"),
+        ("--prompts prompts.json", "and `solve` hold {sketch} once, where the sketch goes"),
         ("--prompts list.json", "--prompts list.json"),
         ("--output_dir full", "--output_dir full exists and is not empty: use --resume, or another folder"),
         ("--output_dir list.json", "--output_dir list.json"),
@@ -860,7 +860,8 @@ def finished(toys, tmp_path_factory) -> Path:
 # Looking without running
 
 
-LOOKS = ["--dry_run", "--show 2", "--dry_run --task countdown --task_options difficulty=easy"]
+LOOKS = ["--dry_run", "--dry_run --task countdown --task_options difficulty=easy"]
+LOOKS += [f"--show 2 --task {name}" for name in ("synthetic", "countdown", "sokoban", "frozenlake", "sudoku")]
 
 
 @pytest.mark.parametrize("words", LOOKS)
