@@ -47,12 +47,11 @@ chains.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import cycle, groupby, islice
+from itertools import groupby, islice
 from os.path import commonprefix
 from statistics import fmean
 
@@ -73,7 +72,7 @@ Outcomes = Sequence[Outcome]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts around a problem; in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation} {count}.
+    """The texts around a problem; in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation}.
     data/prompts.json has those in use. Where the sketches are the answers, only `sketch` and `next` are.
 
     `direct` and `sketch` should begin alike: what they share is computed once per problem and forked. With an empty
@@ -83,7 +82,6 @@ class Prompts:
     direct: str
     sketch: str
     next: str
-    list: str
     solve: str
     turn: str
 
@@ -315,24 +313,10 @@ class Explorer:
         return Group(problem, direct + solutions, sketches, tokens, stuck=bool(direct) and not solved)
 
     def draft(self, problem, plan, seed):
-        """Stage I: K sketches, each after those before it; as an ablation after none of them, or all in one text."""
-        if plan.sketches == "list":
-            return (yield from self.draft_list(problem, plan, seed))
+        """Stage I: K sketches, each after those before it; as an ablation after none of them."""
         apart = plan.num_sketches if plan.sketches == "iid" else 1
         chains = [Trajectory(self.prompt("sketch", problem), []) for _ in range(apart)]
         return (yield from self.write(problem, plan, seed, chains))
-
-    def draft_list(self, problem, plan, seed):
-        """K sketches in one text: its lines without their bullets, over again if there are fewer than K."""
-        count, params = plan.num_sketches, plan.sketch_params
-        longer = replace(params, max_new_tokens=count * params.max_new_tokens)
-        whole = Trajectory(self.prompt("list", problem, count=str(count)), [])
-        yield from self.write(problem, replace(plan, num_sketches=1, sketch_params=longer), seed, [whole])
-        lines = [line.strip() for line in whole.texts[0].splitlines() if line.strip()]
-        marked = [m[1] for line in lines if (m := re.match(r"(?:[-*•]|[*(]*\d+[.)]+\**)\s+(.+)", line))]
-        # Beside marked lines there is talk.
-        lines = islice(cycle(marked or lines or [""]), count)
-        return [Completion(self.chat.encode(line), [], "length") for line in lines]
 
     def solve(self, problem, plan, seed, drafts):
         """Stage II: M solutions of every sketch, all in parallel."""
@@ -616,16 +600,6 @@ def unique(outcomes: Outcomes, k: int, drawn_together: int = 1) -> float:
     stride = -(-k // drawn_together) * drawn_together
     starts = range(0, len(outcomes) - k + 1, stride)
     return fmean(len({o.key for o in outcomes[i : i + k] if o.success}) for i in starts)
-
-
-def iid_ceiling(targets: int, k: int, hits: float = 1.0) -> float:
-    """The most of `targets` equally good answers that k i.i.d. draws find in expectation, whatever they are drawn from,
-    if a share `hits` of them is right: an even spread, U (1 - (1 - hits / U)^k).
-
-    >>> round(iid_ceiling(20, 16), 2), round(iid_ceiling(20, 24), 2), round(iid_ceiling(50, 8), 2)
-    (11.2, 14.16, 7.46)
-    """
-    return targets * (1 - (1 - hits / targets) ** k)
 
 
 def mean(measures: Sequence[dict]) -> dict[str, float]:

@@ -183,9 +183,7 @@ class Task:
     def measured(self, what: str, rate: Callable) -> float:
         """The mean of rate(data, rng) over the first 2,000 validation problems of seed 0. It is kept in the user's
         cache, under a hash of the source and of the options, so that it cannot be stale."""
-        recipe = Path(__file__).read_text(), inspect.getsource(type(self)), str(self)
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        file = Path(caches, "sesa", f"{what}-{share_of(recipe)}.json")
+        file = cached(what, [Path(__file__).read_text(), inspect.getsource(type(self)), str(self)])
         with suppress(OSError, ValueError):
             return json.loads(file.read_text())
         rng = random.Random(0)
@@ -203,6 +201,12 @@ class Task:
 def share_of(canonical: Hashable) -> float:
     """A hash of a canonical problem as a number in [0, 1), the same in every process."""
     return int.from_bytes(hashlib.blake2b(repr(canonical).encode(), digest_size=6).digest()) / 2**48
+
+
+def cached(name: str, recipe: list) -> Path:
+    """A place in the user's cache for what is made by the recipe."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home, "sesa", f"{name}-{share_of(recipe)}")
 
 
 def check_range(task: Task, **limits: tuple[float, float]):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import fcntl
-import hashlib
 import importlib.util
 import json
 import math
@@ -58,7 +57,7 @@ class TaskFlags:
     task_options: tuple[str, ...] = ()
     """options of the task, such as difficulty=easy treasure_seed=1"""
     prompts: str | None = None
-    """JSON file that replaces some of the prompts direct, sketch, next, list, solve, turn"""
+    """JSON file that replaces some of the prompts direct, sketch, next, solve, turn; see data/prompts.json"""
 
 
 @dataclass
@@ -95,8 +94,8 @@ class MethodFlags:
     """D: answers of a sesa group that are drawn without a sketch, beside the K*M"""
     explore: Literal["always", "stuck"] = "always"
     """stuck: sketches only for problems that none of the D direct answers solved, else more direct answers"""
-    sketches: Literal["sequential", "iid", "list", "placebo"] = "sequential"
-    """how Stage I draws: after the earlier sketches, with an empty history, all in one text, or another problem's"""
+    sketches: Literal["sequential", "iid", "placebo"] = "sequential"
+    """how Stage I draws: after the earlier sketches, with an empty history, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
     """what the loss conditions on: keep the sketch; drop it, or with importance weights, wins only; keep + imitate"""
     distill_coef: float = 0.3
@@ -411,12 +410,10 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield unseen, "eval_k", f"the least must be from 1 to {most_k}, the samples of a problem"
     uneven = c.shard_ranks and ranks % c.shard_ranks
     yield uneven, "shard_ranks", f"must divide the number of ranks, {ranks}"
-    varied, listed = grpo and c.sketches != "sequential", c.sketches == "list"
+    varied = grpo and c.sketches != "sequential"
     yield varied, "sketches", "there is no Stage I to vary with --method grpo"
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
     yield unpaired, "sketches", "takes another problem's: needs two problems, on one rank"
-    yield listed and c.model == "tiny", "sketches", "the tiny policy writes no lines; take another"
-    yield listed and not task.two_stage, "sketches", "where the sketches are the answers take another"
     unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
     yield unmixed, "num_direct", "mixes groups of --method sesa on a task with a solution stage only"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
@@ -441,10 +438,8 @@ def environ(name: str, default: int = 0) -> int:
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     """("difficulty=easy", "chain=8") -> {"difficulty": "easy", "chain": "8"}; the task knows the types."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"--task_options {pair!r}: must be name=value")
-    return dict(pair.split("=", 1) for pair in pairs)
+    with told(f"--task_options {' '.join(pairs)}", "must be name=value"):
+        return dict(pair.split("=", 1) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -607,14 +602,11 @@ def warm_start(config: Config, task: tasks.Task, device: torch.device) -> Path:
 
 def warm_start_cache(config: Config, policy: Policy, task: tasks.Task) -> Path:
     """The folder of a warm-started policy, named by what makes it: recipe, model, words, prompts, demonstrations."""
-    recipe = [config.warm_start_steps, config.warm_start_batch, config.warm_start_lr]
-    shape = policy.model.config.to_json_string(use_diff=False)
-    recipe += [shape, policy.tokenizer.get_vocab(), vars(policy.prompts)]
-    recipe += [str(row.ids) for row in demonstration_rows(policy, task, 64, seed=0)]
-    text = json.dumps(recipe, sort_keys=True, default=str)
-    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sesa" / f"{task.name}-{key}"
+    c, shape = config, policy.model.config.to_json_string(use_diff=False)
+    words = sorted(policy.tokenizer.get_vocab().items())
+    rows = [row.ids for row in demonstration_rows(policy, task, 64, seed=0)]
+    recipe = [c.warm_start_steps, c.warm_start_batch, c.warm_start_lr]
+    return tasks.cached(f"tiny-{task.name}", [*recipe, shape, words, policy.prompts, rows])
 
 
 def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> Iterator[Row]:
@@ -629,7 +621,7 @@ def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> I
 def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.device) -> None:
     """Maximum likelihood on the task's demonstrations: the update of a step, with advantage 1 for all of them."""
     model, ranks = policy.model.to(device), Ranks(0, 1, device)
-    options, longest = dict(betas=(0.9, 0.95), weight_decay=0.01), model.config.max_position_embeddings
+    options = dict(betas=(0.9, 0.95), weight_decay=0.01)
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     steps, batch = config.warm_start_steps, config.warm_start_batch
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
@@ -640,7 +632,7 @@ def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.
         taken = [(0, row) for row in islice(rows, batch)]
         rate = rl.learning_rate(step, steps, min(50, steps), config.warm_start_lr, "cosine")
         optimizer.param_groups[0]["lr"] = rate
-        metrics = update(model, None, taken, learn, optimizer, 0.0, longest, ranks)
+        metrics = update(model, None, taken, learn, optimizer, 0.0, 1, ranks)
         # recited at log-prob 0
         progress.set_postfix(loss=f"{-metrics['sampling/logp_shift']:.3f}")
 
@@ -660,8 +652,7 @@ class Run:
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(dict(use_reentrant=False))
         self.reference = None if config.eval_only else reference_policy(self, whole)
-        decay, weights = config.weight_decay, self.model.parameters()
-        self.optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, weight_decay=config.weight_decay)
         # The weights are fp32. Rollouts run on a copy: in bf16 on a GPU, gathered where the weights are sharded. One
         # process on a CPU needs none.
         self.policy = policy
@@ -1300,7 +1291,7 @@ def right_answers(evaluation: dict) -> tuple[str, float]:
     return f"targets found in {k} guesses", counts[k]
 
 
-def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float | None] = ()) -> str:
+def draw(groups: dict[str, list[list[dict]]], path: Path) -> str:
     """A picture of runs (rows of `read_run`): each group a colour, its seeds thin, their mean thick. Returns what the
     evaluations count.
 
@@ -1321,8 +1312,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
         axis.set(title=name, xlabel=across)
         axis.locator_params(nbins=6)
         for (i, runs), (column, style) in product(enumerate(groups.values()), columns.items()):
-            known = [[r for r in rows if r.get(column) is not None] for rows in runs]
-            seeds = [{r["step"]: (r[across], r[column]) for r in rows} for rows in known]
+            seeds = [{r["step"]: (r[across], r[column]) for r in rows if r.get(column) is not None} for rows in runs]
             shared = [step for step in seeds[0] if all(step in seed for seed in seeds)]
             mean = np.mean([[seed[step] for step in shared] for seed in seeds], axis=0)
             for points, width in [(list(seed.values()), 0.5) for seed in seeds] + [(mean, 1.8)]:
@@ -1332,9 +1322,6 @@ def draw(groups: dict[str, list[list[dict]]], path: Path, levels: Sequence[float
         axes[0, 0].plot([], color=f"C{i}", label=label)
     axes[0, 0].plot([], "k--", label="i.i.d.; solid: in sequence")
     figure.legend(loc="outside lower center", frameon=False)
-    for level, axis in product(levels, axes[0]):
-        if level is not None:
-            axis.axhline(level, color="gray", linestyle=":")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return title
@@ -1536,14 +1523,11 @@ def model_card(run: Run, state: dict) -> str:
     c, usual = run.config, vars(Config())
     given = {n: v for n, v in vars(c).items() if n not in ASIDE and v != usual[n]}
     given = {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in given.items()}
-    hub = c.model != "tiny" and not Path(c.model).exists()
-    measures = progress(state, c.num_sketches)
-    rows = [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in measures]
-    template = (DATA / "model_card.md").read_text(encoding="utf-8")
-    flags = " ".join(f"--{name} {value}" for name, value in given.items())
-    told = dict(base_model=f"base_model: {c.model}\n" if hub else "", given=flags)
+    told = dict(given=" ".join(f"--{name} {value}" for name, value in given.items()))
+    told["base_model"] = "" if c.model == "tiny" or Path(c.model).exists() else f"base_model: {c.model}\n"
+    rows = [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in progress(state, c.num_sketches)]
     told |= dict(asked="--two_stage" * run.task.two_stage, measures="\n".join(rows))
-    return template.format(**vars(c) | state | told)
+    return (DATA / "model_card.md").read_text(encoding="utf-8").format(**vars(c) | state | told)
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
@@ -1731,8 +1715,7 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
             run.train(folder, state, log)
     if first:
         write_json(path / "summary.json", run.summary(state))
-        levels = () if task.targets else (task.floor(), task.ceiling())
-        draw({config.method: [read_run(path)[1]]}, path / "figures" / "training.png", levels)
+        draw({config.method: [read_run(path)[1]]}, path / "figures" / "training.png")
         write_rollouts(path)
         report(run, state)
         if config.push_to_hub:

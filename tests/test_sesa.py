@@ -34,7 +34,6 @@ from sesa import (
     earned,
     evaluation_metrics,
     group_metrics,
-    iid_ceiling,
     sequences,
     text_metrics,
     unique,
@@ -141,7 +140,7 @@ class Guess(Talk):
 
 PROMPTS = Prompts(
     direct="{problem} solve", sketch="{problem} sketch", next="another", solve="{problem} follow {sketch} solve",
-    turn="{observation}", list="{problem} list {count}",
+    turn="{observation}",
 )  # fmt: skip
 PARAMS = SamplingParams(temperature=1.3, max_new_tokens=6)
 PLAN = Plan("sesa", num_sketches=3, num_solutions=2, group_size=4, sketch_params=PARAMS, solution_params=PARAMS)
@@ -355,7 +354,11 @@ def test_sketches_iid_have_an_empty_history():
     assert len({tuple(draft.ids) for draft in drafts}) > 1
 
 
-def test_listed_sketches_are_the_lines_of_one_text():
+def test_listed_sketches_are_the_lines_of_one_text(monkeypatch):
+    """The fork of experiments/list_sketches.py."""
+    import list_sketches
+
+    monkeypatch.setattr(Explorer, "draft", list_sketches.draft)
     tokenizer, problem = byte_tokenizer(CHATML), PROBLEMS[0]
     stop = tokenizer.eos_token_id
     explorer = Explorer(Sampler(random_policy(len(tokenizer)), [stop]), Talk(), Chat(tokenizer, [stop]), PROMPTS)
@@ -366,13 +369,13 @@ def test_listed_sketches_are_the_lines_of_one_text():
         ("3 + 5", ["3 + 5"] * 4),
         ("\n", [""] * 4),
     ]:
-        program = explorer.draft(problem, replace(PLAN, sketches="list", num_sketches=4), (3,))
+        program = explorer.draft(problem, replace(PLAN, num_sketches=4), (3,))
         rows, params, seeds = next(program)
         assert len(rows) == len(seeds) == 1 and params.max_new_tokens == 4 * PLAN.sketch_params.max_new_tokens
         with pytest.raises(StopIteration) as stop:
             program.send([Completion(explorer.chat.encode(text), [], "length")])
         assert [explorer.chat.decode(draft.ids) for draft in stop.value.value] == lines
-    group = make_explorer().rollout(PLACED[:1], replace(PLAN, sketches="list"), (1,))[0]
+    group = make_explorer().rollout(PLACED[:1], PLAN, (1,))[0]
     assert len(group.sketches) == PLAN.num_sketches and len(group.trajectories) == PLAN.num_sketches * PLAN.num_solutions
 
 
@@ -484,8 +487,7 @@ def test_tokens_do_not_depend_on_batch_size_order_or_ranks(task, change):
 def test_a_rollout_leaves_no_rows_behind():
     for task in (Talk(), Guess()):
         explorer = make_explorer(task)
-        changes = [dict(), dict(method="grpo"), dict(sketches="iid"), dict(sketches="placebo"), dict(sketches="list")]
-        for change in changes[: 5 if task.two_stage else 4]:
+        for change in (dict(), dict(method="grpo"), dict(sketches="iid"), dict(sketches="placebo")):
             explorer.rollout(PLACED, replace(PLAN, **change), (0,))
             [newest] = explorer.sampler.prefill([[1]])  # rows are numbered as they are made
             for row in range(newest):
@@ -704,7 +706,7 @@ def test_no_iid_policy_finds_more_than_the_ceiling():
         for weights in (spread, skewed):
             draws = [set(rng.choices(range(targets + 1), weights, k=k)) - {targets} for _ in range(4000)]
             found.append(fmean(map(len, draws)))
-        assert found[0] == pytest.approx(iid_ceiling(targets, k, hits), abs=0.1) and found[1] < found[0]
+        assert found[0] == pytest.approx(targets * (1 - (1 - hits / targets) ** k), abs=0.1) and found[1] < found[0]
 
 
 def test_diversity_counts_keys():

@@ -529,7 +529,7 @@ def test_frozenlake_floor_and_ceiling_and_their_cache(tmp_path, monkeypatch):
     assert abs(slippery.ceiling() - 0.483) < 0.02 and firm.ceiling() == 1.0
     found = slippery.floor()
     monkeypatch.setattr(tasks.FrozenLake, "value", None)  # from now on only the cache can answer
-    assert make_task("frozenlake").floor() == found and len(list(tmp_path.glob("sesa/*.json"))) == 4
+    assert make_task("frozenlake").floor() == found and len(list(tmp_path.glob("sesa/*"))) == 4
     with pytest.raises(TypeError):
         make_task("frozenlake", frozen=0.7).floor()
 
