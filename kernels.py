@@ -34,7 +34,8 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: the torch path
+except ImportError:
+    # macOS, Windows: the torch path
     triton = None
 jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
 
@@ -42,7 +43,8 @@ jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel
 BLOCK = 1024
 # One-warp programs that fill the 132 multiprocessors of an H100 or H200.
 ROW_PROGRAMS = 132 * 32
-MAX_SPLITS = 64  # parts of a row, when there are too few rows
+# parts of a row, when there are too few rows
+MAX_SPLITS = 64
 
 # z where p = 0: a product with it is 0, with -inf it would be NaN.
 LOWEST = -1.0e30
@@ -244,7 +246,8 @@ def _choose(impl: str | None, device: torch.device) -> str:
 def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor]:
     """logp, entropy and, with a reference, kl and ref_logp, [N] each; and what the backward needs: moments fp32
     [5, N], which are m, s, <z>, n and <D>."""
-    if options.impl == "triton":  # in bits, and in as many parts as there are splits of a row
+    # in bits, and in as many parts as there are splits of a row
+    if options.impl == "triton":
         parts = torch.zeros(_split(*logits.shape)[1], 6, len(logits), device=logits.device)
         _launch(_forward_kernel, options, logits, ref_logits, targets, parts)
     else:
@@ -260,9 +263,11 @@ def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor
     if ref_logits is not None:
         r = ((dn * options.unit).exp() * r_parts).sum(0)
         kl = mean_d * options.unit + (r / s).log()
-        kl.clamp_(min=0.0)  # rounding leaves +-1e-7 around 0
+        # rounding leaves +-1e-7 around 0
+        kl.clamp_(min=0.0)
         kl.masked_fill_(kl > INFINITE, torch.inf)
-        kl.masked_fill_(r == 0, torch.nan)  # a reference row of nothing but -inf
+        # a reference row of nothing but -inf
+        kl.masked_fill_(r == 0, torch.nan)
         stats += [kl, _logp(ref_logits, n, r, targets, options)]
     return [x.masked_fill_(targets < 0, 0.0) for x in stats], torch.stack([m, s, mean_z, n, mean_d])
 
@@ -284,7 +289,8 @@ def _backward(logits, ref_logits, targets, moments, grads, options, out) -> None
     dx_j = e_j (a + b z_j + c D_j) + g 1{j = y}, times the slope of the soft cap, with factors [6, N]: m, n, a, b, c, g.
     """
     m, s, mean_z, n, mean_d = moments
-    grads = [*grads, None][:3]  # of logp, entropy and kl
+    # of logp, entropy and kl
+    grads = [*grads, None][:3]
     g, g_entropy, g_kl = (0 * s if x is None else x.float() / options.temperature for x in grads)
     b, c = -g_entropy * options.unit / s, g_kl * options.unit / s
     if grads[2] is None:
@@ -367,7 +373,8 @@ def _backward_torch(logits, ref_logits, targets, factors, entropy, options, out)
             tanh = t * (options.temperature / options.softcap)
             d.mul_(1 - tanh.square_())
         out[rows] = d
-    out.index_fill_(0, (targets < 0).nonzero()[:, 0], 0.0)  # whatever those rows hold, NaN included
+    # whatever those rows hold, NaN included
+    out.index_fill_(0, (targets < 0).nonzero()[:, 0], 0.0)
 
 
 # --------------------------------------------------------------------------------------------------- rows, in Triton
@@ -382,7 +389,8 @@ def _load(ROW, columns, end, softcap: tl.constexpr, MASKED: tl.constexpr):
     mask = columns < end if MASKED else None
     x = tl.load(ROW + columns, mask=mask).to(tl.float32)
     if softcap > 0:
-        x = softcap * (2 * tl.sigmoid(x * (2 / softcap)) - 1)  # tanh, in what the interpreter has
+        # tanh, in what the interpreter has
+        x = softcap * (2 * tl.sigmoid(x * (2 / softcap)) - 1)
     if MASKED:
         x = tl.where(mask, x, -float("inf"))
     return x

@@ -80,7 +80,8 @@ def group_advantages(rewards: Tensor, success: Tensor, scale="std", pass_k=8, ep
         advantages = _pass_k_advantages(success, pass_k).to(rewards.dtype)  # [..., G]
     else:
         advantages = _centered(rewards, (-1,), scale, eps)  # [..., G]
-    if scale == "loo":  # r - (sum - r) / (G - 1) = (r - mean) * G / (G - 1)
+    # r - (sum - r) / (G - 1) = (r - mean) * G / (G - 1)
+    if scale == "loo":
         advantages = advantages * (rewards.shape[-1] / (rewards.shape[-1] - 1))
     decided = success.all(-1, keepdim=True) | ~success.any(-1, keepdim=True)  # [..., 1]
     return advantages.masked_fill(decided, 0.0)
@@ -370,7 +371,11 @@ def policy_loss(
     if is_weight is not None:
         objective = objective * is_weight
     if kl_coef:
-        objective = objective - kl_coef * _penalty(stats, kl_type)
+        _require("kl_type", kl_type, ("exact", "k1", "k2", "k3"))
+        if stats.kl is None:
+            raise ValueError("kl_coef is not 0, but the statistics hold no reference; compute them with one, or set 0")
+        kl = stats.kl if kl_type == "exact" else kl_estimate(stats.logp, stats.ref_logp, kl_type)  # [N]
+        objective = objective - kl_coef * kl
     if entropy_coef:
         objective = objective + entropy_coef * stats.entropy
     return -(weights * objective).sum()
@@ -379,13 +384,6 @@ def policy_loss(
 def _log_ratio(stats: TokenStats, old_logp: Tensor | None) -> Tensor:
     old_logp = stats.logp.detach() if old_logp is None else old_logp
     return (stats.logp - old_logp).clamp(max=MAX_LOG_RATIO)  # [N]
-
-
-def _penalty(stats: TokenStats, kl_type: str) -> Tensor:
-    _require("kl_type", kl_type, ("exact", "k1", "k2", "k3"))
-    if stats.kl is None or stats.ref_logp is None:
-        raise ValueError("kl_coef is not 0, but the statistics hold no reference; compute them with one, or set 0")
-    return stats.kl if kl_type == "exact" else kl_estimate(stats.logp, stats.ref_logp, kl_type)  # [N]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,18 +84,22 @@ class Completion(NamedTuple):
 
     ids: list[int]
     logps: list[float]
-    finish_reason: str  # "stop" | "length"
+    # "stop" | "length"
+    finish_reason: str
 
 
 @dataclass
 class Stats:
     """Counters since the sampler was made. A token is computed at most once unless it was rewound or evicted."""
 
-    prefill_tokens: int = 0  # given tokens that went through a forward
-    decode_tokens: int = 0  # sampled tokens that went through a forward
+    # given tokens that went through a forward
+    prefill_tokens: int = 0
+    # sampled tokens that went through a forward
+    decode_tokens: int = 0
     # sampled tokens, the last one of each row included (it is computed only if needed)
     generated_tokens: int = 0
-    decode_steps: int = 0  # times that a token was drawn for every running row
+    # times that a token was drawn for every running row
+    decode_steps: int = 0
     forwards: int = 0
     # rows whose keys and values were given up because the memory budget was full
     evictions: int = 0
@@ -139,7 +143,8 @@ class Sampler:
             raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
         self.stop_ids = frozenset(stop_ids)
         self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
-        self.share_from = 0  # so that the check shares
+        # so that the check shares
+        self.share_from = 0
         self._twin = _make_twin(model)
         self._head = self._twin.get_output_embeddings()
         self._vocab = len(self._head.weight)
@@ -150,7 +155,8 @@ class Sampler:
         self.max_positions, self._limit = min((positions, "positions"), (window, "tokens in its sliding window"))
         self._memory = _Memory(self._twin, memory_gb)
         self._rows: dict[int, _Segment] = {}
-        self._busy: set[int] = set()  # rows in a running batch
+        # rows in a running batch
+        self._busy: set[int] = set()
         self._next_row = 0
         # the last forward, kept for as long as its rows decode in step
         self._forward: _Forward | None = None
@@ -231,7 +237,7 @@ class Sampler:
         included) the programs are closed and the rows made since the call are released.
         """
         began, first_row, room = time.perf_counter(), self._next_row, self.max_rows
-        results: list[Any] = [None] * len(programs)
+        results = [None] * len(programs)
         # by program: the drafts that it waits for, None before it has begun
         requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))
         waiting, active = deque(), []  # drafts
@@ -256,7 +262,8 @@ class Sampler:
                         if len(active) == 1:
                             raise
                         waiting.appendleft(active.pop())
-                        room = len(active)  # no new rows until one has finished
+                        # no new rows until one has finished
+                        room = len(active)
         except BaseException:
             self._busy, self._forward = set(), None
             for program in programs:
@@ -286,7 +293,8 @@ class Sampler:
     def _draw(self, active: list[_Draft]) -> None:
         """Draw the next token of every row."""
         hidden = self._compute([draft.row for draft in active])  # [R, E]
-        groups: dict[SamplingParams, list[int]] = defaultdict(list)  # rows that are drawn from alike
+        # rows that are drawn from alike
+        groups = defaultdict(list)
         for i, draft in enumerate(active):
             groups[draft.params].append(i)
         for p, members in groups.items():
@@ -325,7 +333,8 @@ class Sampler:
     def _compute(self, rows: list[int]) -> Tensor:
         """Compute every pending token of `rows`; returns the hidden state of the last token of each, [R, E]."""
         leaves = [self._rows[row] for row in rows]
-        if self._forward and self._forward.advance(leaves):  # the usual case: one more token for each
+        # the usual case: one more token for each
+        if self._forward and self._forward.advance(leaves):
             self._run_forward()
         else:
             self._compute_bases(leaves)
@@ -348,7 +357,8 @@ class Sampler:
             leaf = self._rows[row]
             if not leaf.ids and leaf.hidden is None and leaf.parent.cached == leaf.visible:
                 leaf.hidden = leaf.parent.hidden
-            if not leaf.ids and leaf.hidden is None:  # its last token is computed again
+            # its last token is computed again
+            if not leaf.ids and leaf.hidden is None:
                 leaf = self._cut(row, leaf.length)
             if leaf.parent and leaf.ids and not (leaf.cached or leaf.shared) and leaf.visible < self.share_from:
                 short.append(leaf)
@@ -408,7 +418,8 @@ class Sampler:
         if length > leaf.base + leaf.shared:
             del leaf.ids[length - leaf.base :]
             leaf.cached, leaf.drawn, leaf.hidden = min(leaf.cached, len(leaf.ids) - 1), False, None
-        else:  # forks see what would be overwritten
+        else:
+            # forks see what would be overwritten
             owner, count = leaf.owner(length)
             self._rows[row] = leaf.below(length - 1, [owner.ids[count - 1]])
             self._drop(leaf)
@@ -441,10 +452,8 @@ class Sampler:
     def _check_length(self, row: int, params: SamplingParams) -> None:
         length, new = self._leaf(row).length, params.max_new_tokens
         if length + new > self.max_positions:
-            raise ValueError(
-                f"row {row} has {length} tokens and max_new_tokens is {new}, together {length + new}: the model has "
-                f"{self.max_positions} {self._limit}; shorten the prompt or max_new_tokens"
-            )
+            have = f"{length} tokens and {new} new ones, of {self.max_positions} {self._limit}"
+            raise ValueError(f"row {row} needs {have}: shorten the prompt or lower max_new_tokens")
 
     @torch.inference_mode()
     def _check_model(self) -> None:
@@ -467,10 +476,9 @@ class Sampler:
             gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
-        raise ValueError(
-            f"{type(twin).__name__}: our logits differ from the model's own by {gap:.3g} (largest {largest:.3g}); "
-            "the sampler supports full attention (or a window above 10), rotary or learnt positions, finite weights"
-        )
+        differ = f"our logits differ from the model's own by {gap:.3g} (largest {largest:.3g})"
+        supported = "full attention or a window above 10, rotary or learnt positions, finite weights"
+        raise ValueError(f"{type(twin).__name__}: {differ}; the sampler supports {supported}")
 
 
 @dataclass(eq=False)
@@ -580,18 +588,23 @@ class _Segment:
     that goes on growing while forks see its first tokens."""
 
     ids: list[int]
-    base: int  # position of ids[0] in the row
+    # position of ids[0] in the row
+    base: int
     parent: _Segment | None = None
-    visible: int = 0  # tokens of the parent that are part of this row
-    cached: int = 0  # tokens of ids with keys and values
+    # tokens of the parent that are part of this row
+    visible: int = 0
+    # tokens of ids with keys and values
+    cached: int = 0
     # tokens of ids that forks may see, which are therefore never overwritten
     shared: int = 0
-    users: int = 1  # the row itself and the segments below
+    # the row itself and the segments below
+    users: int = 1
     # whether the first token that is not cached was sampled here
     drawn: bool = False
     # last hidden state [E] of token cached - 1 (if ids is empty: of the parent's last)
     hidden: Tensor | None = None
-    slab: _Slab | None = None  # where keys and values are
+    # where keys and values are
+    slab: _Slab | None = None
     slot: int = 0
 
     @property
@@ -610,7 +623,8 @@ class _Segment:
             parent.shared = max(parent.shared, visible)
         kid = _Segment(ids, length, parent, visible)
         if length == self.length and self.cached == len(self.ids):
-            kid.hidden = self.hidden  # used if `ids` is empty
+            # used if `ids` is empty
+            kid.hidden = self.hidden
         return kid
 
     def owner(self, length: int) -> tuple[_Segment | None, int]:
@@ -657,7 +671,8 @@ class _Forward:
         for level in levels.values():
             groups = defaultdict(list)
             for segment, (queries, seen) in level.items():
-                group = segment.slab, (len(queries) - 1).bit_length()  # 1 | 2 | 3-4 | 5-8 | ... queries, padded
+                # 1 | 2 | 3-4 | 5-8 | ... queries, padded
+                group = segment.slab, (len(queries) - 1).bit_length()
                 groups[group].append((segment, queries, seen))
             self.levels.append([_Piece(entries, self.width) for entries in groups.values()])
             self.width += max(slab.capacity for slab, _ in groups)
@@ -670,7 +685,8 @@ class _Forward:
         self.batch = [(leaf, len(leaf.ids)) for leaf in leaves]
         self.input_ids[self.last] = torch.tensor([leaf.ids[-1] for leaf in leaves], device=self.device)
         self.positions += 1
-        for piece in self.levels[0]:  # one more key for each query
+        # one more key for each query
+        for piece in self.levels[0]:
             piece.bias.scatter_(-1, piece.ends[:, None, None], 0.0)
             piece.ends += 1
         return True
@@ -720,7 +736,8 @@ class _Piece:
         owners = [segment.slot for segment, queries, _ in entries for _ in queries]
         ends = [count for _, _, seen in entries for count in seen]
         back = [begins[segment.slot] + i for segment, queries, _ in entries for i in range(len(queries))]
-        spread = dict.fromkeys(range(len(places) * most), 0)  # places without a query repeat the first one
+        # places without a query repeat the first one
+        spread = dict.fromkeys(range(len(places) * most), 0)
         spread |= {place: i for i, place in enumerate(back)}
         self.shape = len(places), most, self.slab.kv.shape[3]  # F, M, J
         self.columns = slice(begin, begin + width)
@@ -822,7 +839,8 @@ class _Memory:
             for segment in movers:
                 before = copy.copy(segment)
                 segment.slab = next(slab for slab in self.slabs[capacity] if slab.free)
-                segment.slot = heapq.heappop(segment.slab.free)  # side by side, as far as can be
+                # side by side, as far as can be
+                segment.slot = heapq.heappop(segment.slab.free)
                 if before.slab:
                     segment.kv[:, :, :, : segment.cached] = before.kv[:, :, :, : segment.cached]
                     self.free(before)
@@ -839,7 +857,8 @@ class _Memory:
     def _grow(self, wanted: dict[int, int]) -> None:
         """Make slabs, so that there are as many free slots of each capacity as are wanted."""
         slots = {capacity: sum(len(slab.free) for slab in self.slabs[capacity]) for capacity in wanted}
-        missing = Counter(wanted) - Counter(slots)  # counts above 0
+        # counts above 0
+        missing = Counter(wanted) - Counter(slots)
         planned = self.bytes + sum(count * capacity * self.token_bytes for capacity, count in missing.items())
         if planned > self.budget:
             raise _NoRoom(
@@ -848,7 +867,8 @@ class _Memory:
             )
         for capacity, count in missing.items():
             so_far = sum(slab.slots for slab in self.slabs[capacity])
-            spare = max(0, so_far // 2 - count, 512 // capacity - count)  # few slabs, few pieces
+            # few slabs, few pieces
+            spare = max(0, so_far // 2 - count, 512 // capacity - count)
             if planned + spare * capacity * self.token_bytes <= self.budget / 2:
                 planned += spare * capacity * self.token_bytes
                 count += spare
@@ -912,7 +932,8 @@ class LlamaDecoder:
             norms = [layer.input_layernorm, layer.post_attention_layernorm]
             head_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
             linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            if any(type(module) is not torch.nn.Linear for module in linear):  # adapters, quantised weights
+            # adapters, quantised weights
+            if any(type(module) is not torch.nn.Linear for module in linear):
                 raise AttributeError("a projection is not a plain linear layer")
             weights = [(module.weight, module.bias) for module in linear]
             self.layers.append((norms, head_norms, weights[:3], weights[3:], mlp.act_fn, attn.scaling))
@@ -926,7 +947,8 @@ class LlamaDecoder:
         for i, (norms, head_norms, qkv, (o, gate, up, down), act, scale) in enumerate(self.layers):
             h = self._rms(norms[0], x)
             both = torch.cat([F.linear(h, *w) for w in qkv], -1).view(len(x), -1, size)  # [N, H + 2J, D]
-            turned = both[:, : -self.kv_heads]  # queries and keys
+            # queries and keys
+            turned = both[:, : -self.kv_heads]
             for norm, part in zip(head_norms, turned.tensor_split([-self.kv_heads], 1), strict=False):
                 part.copy_(self._rms(norm, part))
             # x cos + (-x2, x1) sin, for the halves x1, x2 of each head; the sign is in `sin`

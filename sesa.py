@@ -131,10 +131,7 @@ class Chat:
             return self.encode(text and f"\n{text}\n")
         _, *after = self.render("", SLOT, text).split(SLOT)
         if len(after) != 1:
-            raise ValueError(
-                "the chat template does not show an earlier answer exactly once, so no history can be appended to: "
-                "use a model with another template"
-            )
+            raise ValueError("the chat template does not show earlier answers as they were: take another model")
         ids = self.encode(after[0].lstrip())
         return ids[1:] if ids and ids[0] in self.stop_ids else self.encode(after[0])
 
@@ -420,11 +417,8 @@ class Explorer:
             if tokenizer.unk_token_id in self.chat.encode(problem.text):
                 raise ValueError(f"{start} has words that the model has no tokens for: use another --model")
             if (need := self.longest(problem, plan)) > self.sampler.max_positions:
-                raise ValueError(
-                    f"{start} takes up to {need} tokens with sketches or solution, the model has "
-                    f"{self.sampler.max_positions} positions: shorten it, or lower --max_new_tokens, "
-                    "--max_sketch_tokens or --num_sketches"
-                )
+                room = f"{need} tokens, the model has {self.sampler.max_positions} positions"
+                raise ValueError(f"{start} takes up to {room}: shorten it, or lower --num_sketches or --max_*_tokens")
 
     def longest(self, problem: Problem, plan: Plan) -> int:
         """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.

@@ -631,7 +631,7 @@ def test_wrong_input_is_named(model):
         (lambda: sampler.sample([row, row], params, [1, 2]), "is being sampled"),
         (
             lambda: sampler.sample([row], SamplingParams(max_new_tokens=2044), [1]),
-            "5 tokens .* 2049: .* 2048 positions",
+            "5 tokens and 2044 new ones, of 2048 positions",
         ),
         (lambda: sampler.sample([10_000], params, [1]), "row 10000 does not exist"),
         (lambda: sampler.release([10_000]), "row 10000 does not exist"),

@@ -744,7 +744,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
         ("--task countdown --method grpo --sketches placebo", "--sketches placebo: there is no Stage I to vary"),
         ("--cache_gb inf", "--cache_gb inf: must be above 0"),
-        ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --max_new_tokens"),
+        ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --num_sketches"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
         ("--prompts prompts.json", "and `solve` hold {sketch} once, where the sketch goes"),
