@@ -229,7 +229,7 @@ def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Option
     return _Options(temperature, softcap, _choose(impl, targets.device), chunk_size)
 
 
-def _choose(impl: str | None, device: torch.device) -> str:
+def _choose(impl: str, device: torch.device) -> str:
     """The one switch: the argument, else SESA_KERNELS, else torch. The Triton kernels agree with float64 in the
     interpreter and compile for sm_80 and sm_90a, but have not yet run on a GPU: so they are used on request only."""
     impl = os.environ.get("SESA_KERNELS", "torch") if impl == "auto" else impl

