@@ -860,7 +860,7 @@ def read_gym(name: str, options: str = "{}") -> list[dict]:
         raise ValueError(f"task gym:{name}: must be one of gym: {', '.join(sorted(DATASETS))}")
     options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
     try:
-        rows = create_dataset(name, **dict(seed=0, size=2000) | options)
+        rows = create_dataset(name, **dict(seed=0, size=1000) | options)
         return [row for row in rows if row["answer"]]
     except Exception as error:
         # its data sets assert, or raise what they like
