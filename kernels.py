@@ -210,8 +210,8 @@ def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature,
                  f"the reference has {len(h)} tokens and a vocabulary of {len(w)}, the policy "
                  f"{len(hidden)} and {len(weight)}: they must be equal")
     if chunk_size is None:
-        # GPUs want products of thousands of tokens; for a CPU 512 are enough, or 8 MB of logits
-        chunk_size = 4096 if hidden.is_cuda else max(512, 2**21 // max(1, len(weight)))
+        # GPUs want products of thousands of tokens; for a CPU 256 are enough, or 8 MB of logits
+        chunk_size = 4096 if hidden.is_cuda else max(256, 2**21 // max(1, len(weight)))
     _require(chunk_size > 0, f"chunk_size is {chunk_size}, it must be at least 1 token")
     options = _options(targets, len(hidden), len(weight), temperature, softcap, impl, chunk_size)
     return hidden, weight, ref_hidden, ref_weight, targets, options

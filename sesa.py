@@ -31,11 +31,10 @@ deviate from it, or chose what it leaves open:
  6. A group can be mixed: `num_direct` answers to the plain prompt beside those with a sketch, one baseline for all.
     explore="stuck" draws sketches only for problems that none of the direct answers solved; the others get more direct
     answers instead.
- 7. Ablations of Stage I: `sketches="iid"` (empty history), "placebo" (another problem's sketches; in chains, the
-    history of another chain) and "list" (all K in one text, one on each line).
+ 7. Ablations of Stage I: `sketches="iid"` (empty history) and "placebo" (another problem's sketches; in chains, the
+    history of another chain). experiments/list_sketches.py draws all K in one text.
  8. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or
-    tokenised again ("list" excepted). So a history is append-only for every chat template, and its cached keys and
-    values stay valid.
+    tokenised again. So a history is append-only for every chat template, and its cached keys and values stay valid.
 
 Where to look. What is drawn: Explorer.answer (GRPO), explore (Stage I is draft, Stage II solve), guess (the sketches
 are the answers); a prompt is forked in Explorer.branch. What is rewarded: earned, where a repeat earns 0; credit makes
