@@ -498,10 +498,12 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
         if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
             raise FileNotFoundError("there is no such file or folder")
         model, tokenizer = load_pretrained(path, weights)
-    default = default_prompts(task, tiny=False)
+    default = vars(default_prompts(task, tiny=False))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
-    ours = dict(prompts=vars(default), limits=limits) | notes(name)
-    ours["prompts"] = load_prompts(prompts, sesa.Prompts(**ours["prompts"]))
+    ours = dict(prompts=default, limits=limits) | notes(name)
+    # an earlier version had one more
+    texts = {use: ours["prompts"].get(use, text) for use, text in default.items()}
+    ours["prompts"] = load_prompts(prompts, sesa.Prompts(**texts))
     policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the loss does not compute")

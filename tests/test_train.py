@@ -883,6 +883,10 @@ def test_prompts_from_a_file_reach_the_policy(toys, tmp_path, steps):
     checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
     saved = json.loads((checkpoint / "sesa.json").read_text())
     assert saved["prompts"]["direct"] == "{problem} more"
+    saved["prompts"]["list"] = "of an earlier version"
+    (checkpoint / "sesa.json").write_text(json.dumps(saved))
+    policy = train.load_policy(str(checkpoint), tasks.make_task(toys["talk"]["task"]))
+    assert policy.prompts.direct == "{problem} more" and policy.tiny
     vocabulary = json.loads((checkpoint / "tokenizer.json").read_text())["model"]["vocab"]
     for group in steps[0][1]:
         words = f"{group.problem.text} more".split()
