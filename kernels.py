@@ -226,18 +226,18 @@ def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Option
     # a GPU would have to be waited for: there, a logp of NaN is what gives a wrong id away
     _require(targets.is_cuda or n == 0 or bool(targets.max() < v),
              f"targets holds an id that is not below the vocabulary size {v}: use the model's own tokenizer")
-    return _Options(temperature, softcap, _choose(impl, targets.device), chunk_size)
+    return _Options(temperature, softcap, choose(impl, targets.device), chunk_size)
 
 
-def _choose(impl: str, device: torch.device) -> str:
+def choose(impl: str, device: torch.device) -> str:
     """The one switch: the argument, else SESA_KERNELS, else torch. The Triton kernels agree with float64 in the
     interpreter and compile for sm_80 and sm_90a, but have not yet run on a GPU: so they are used on request only."""
-    impl = os.environ.get("SESA_KERNELS", "torch") if impl == "auto" else impl
-    _require(impl in ("torch", "triton"), f"impl or SESA_KERNELS is {impl!r}: use 'torch' or 'triton'")
+    impl = os.environ.get("SESA_KERNELS", impl) if impl == "auto" else impl
+    _require(impl in ("auto", "torch", "triton"), f"impl or SESA_KERNELS is {impl!r}: use 'torch' or 'triton'")
     runs = triton and (device.type == "cuda" or not isinstance(_forward_kernel, triton.JITFunction))  # interpreted
     problem = f"the tensors are on {device.type!r}, not on a GPU" if triton else "the triton package is not installed"
-    _require(impl == "torch" or runs, f"impl or SESA_KERNELS is 'triton' but {problem}: use 'torch'")
-    return impl
+    _require(impl != "triton" or runs, f"impl or SESA_KERNELS is 'triton' but {problem}: use 'torch'")
+    return impl.replace("auto", "torch")
 
 
 # ---------------------------------------------------------------------------------------------------- rows of logits
@@ -251,7 +251,7 @@ def _forward(logits, ref_logits, targets, options) -> tuple[list[Tensor], Tensor
         parts = torch.zeros(_split(*logits.shape)[1], 6, len(logits), device=logits.device)
         _launch(_forward_kernel, options, logits, ref_logits, targets, parts)
     else:
-        parts = _sums_torch(logits, ref_logits, targets, options)  # [P, 6, N]
+        parts = _sums_torch(logits, ref_logits, options)  # [P, 6, N]
     m_parts, s_parts, sz_parts, n_parts, r_parts, sd_parts = parts.unbind(1)  # [P, N]
     m, n = m_parts.amax(0), n_parts.amax(0)  # [N]
     dm, dn = m_parts - m, n_parts - n
@@ -339,7 +339,7 @@ def _difference(z: Tensor, w: Tensor) -> Tensor:
     return torch.sub(z, w, out=w).clamp_(max=HIGHEST)  # [C, V], over w
 
 
-def _sums_torch(logits, ref_logits, targets, options) -> Tensor:
+def _sums_torch(logits, ref_logits, options) -> Tensor:
     """Sums fp32 [1, 6, N]: m, s, sum e z, n, r, sum e D."""
     sums = torch.zeros(1, 6, len(logits), device=logits.device)
     for rows in _blocks(logits):

@@ -259,10 +259,9 @@ class Explorer:
             template = template.replace("{" + name + "}", value)
         return template.strip()
 
-    def prompt(self, name: str, problem: Problem, sketch: Sequence[int] = (), **values) -> list[int]:
-        """The "direct" prompt (of evaluation: no sketch), or the one to "sketch", "list", or "solve" with a sketch."""
-        text = self.text(getattr(self.prompts, name), problem=problem.text, **values)
-        return self.chat.opening(text, sketch)
+    def prompt(self, name: str, problem: Problem, sketch: Sequence[int] = ()) -> list[int]:
+        """The "direct" prompt (of evaluation: no sketch), or the one to "sketch", or to "solve" with a sketch."""
+        return self.chat.opening(self.text(getattr(self.prompts, name), problem=problem.text), sketch)
 
     def rollout(self, placed: Sequence[tuple[int, Problem]], plan: Plan, seed: tuple) -> list[Group]:
         """One Group for each (place, problem). Random streams derive from `seed` and the place in the whole batch, so

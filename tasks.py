@@ -861,7 +861,8 @@ def read_gym(name: str, options: str = "{}") -> list[dict]:
     options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
     try:
         rows = create_dataset(name, **dict(seed=0, size=1000) | options)
-        return [row for row in rows if row["answer"]]
+        rows = [row | dict(answer=str(row["answer"] or "")) for row in rows]
+        return [row for row in rows if 0 < len(row["answer"].strip()) <= MAX_ANSWER]
     except Exception as error:
         # its data sets assert, or raise what they like
         raise ValueError(f"task gym:{name} with {options}: {error}") from None
@@ -1015,6 +1016,8 @@ def serve_judge():
     """
     import resource
 
+    # libraries may print
+    replies, sys.stdout = sys.stdout, sys.stderr
     from math_verify import LatexExtractionConfig, parse, verify
 
     # LaTeX only: the other extractor of math-verify hands its text to a parser that evaluates
@@ -1024,8 +1027,6 @@ def serve_judge():
         sides = [parse(f"${text.replace('$', '')}$", **options) for text in answers]
         return all(sides) and verify(*sides, timeout_seconds=None)
 
-    # libraries may print
-    replies, sys.stdout = sys.stdout, sys.stderr
     # fills the caches of the parser before the first fork
     same(["\\frac{1}{2}", "0.5"])
     for line in sys.stdin:
@@ -1055,6 +1056,7 @@ def make_task(name: str, **options) -> Task:
     """
     kind, _, source = name.partition(":")
     try:
+        # its options travel in the name of the source
         if kind == "gym" and source:
             source, options = f"{name}:{json.dumps(options)}", {}
         if kind in ("jsonl", "gym") and source:

@@ -335,7 +335,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
-    defaults |= {} if is_tiny(config.model) else PRETRAINED
+    # the tiny policy, or what a run of it has saved
+    defaults |= {} if config.model == "tiny" or notes(config.model).get("tiny") else PRETRAINED
     name = re.sub(r"[^0-9A-Za-z]", "_", config.task)
     folder = f"runs/{name}-{config.method}-{config.seed}" + "-eval" * config.eval_only
     # A coefficient that was given stays; one that was not falls as the defaults say.
@@ -357,11 +358,6 @@ def check(config: Config, verdicts: Verdicts) -> None:
         if broken:
             given = [f"--{name} {getattr(config, name)}" for name in names.split()]
             raise UserError(f"{', '.join(given)}: {rule}")
-
-
-def is_tiny(model: str) -> bool:
-    """The tiny policy, or what a run of it has saved."""
-    return model == "tiny" or notes(model).get("tiny", False)
 
 
 def filled(config: Config, **defaults) -> Config:
@@ -501,7 +497,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     default = vars(default_prompts(task, tiny=False))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     ours = dict(prompts=default, limits=limits) | notes(name)
-    # an earlier version had one more
+    # an earlier version had one more prompt, "list"
     texts = {use: ours["prompts"].get(use, text) for use, text in default.items()}
     ours["prompts"] = load_prompts(prompts, sesa.Prompts(**texts))
     policy = Policy(model, tokenizer, **ours)
@@ -608,7 +604,7 @@ def warm_start_cache(config: Config, policy: Policy, task: tasks.Task) -> Path:
     words = sorted(policy.tokenizer.get_vocab().items())
     rows = [row.ids for row in demonstration_rows(policy, task, 64, seed=0)]
     recipe = [c.warm_start_steps, c.warm_start_batch, c.warm_start_lr]
-    return tasks.cached(f"tiny-{task.name}", [*recipe, shape, words, policy.prompts, rows])
+    return tasks.cached(f"tiny-{task.name}", [*recipe, shape, words, policy.prompts, policy.limits, rows])
 
 
 def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> Iterator[Row]:
@@ -715,7 +711,10 @@ class Run:
         rolled_out = time.perf_counter()
 
         outcomes = ranks.gather([g.outcomes() for g in groups])
-        rewards, advantages = sesa.credit(outcomes, **self.credit_rule(step))
+        pass_k = c.pass_k + (c.pass_k_end - c.pass_k) * step / max(1, c.steps - 1)
+        rule = dict(chains=chain_credit(c, self.task), baseline=c.baseline, pass_k=round(pass_k))
+        rule |= dict(scale=c.advantage_scale, repeats=c.repeats, rarity=c.rarity)
+        rewards, advantages = sesa.credit(outcomes, **rule)
         rows = []
         for (place, _), group in zip(mine, groups, strict=True):
             sesa.assign(group, rewards[place], advantages[place])
@@ -738,12 +737,6 @@ class Run:
         row |= {name: int(counts[name]) for name in (*tokens, "sketch_tokens")}
         row |= dict(learning_rate=rate, kl_coef=kl_coef, rollout_time=rolled_out - began)
         return groups, row | dict(step_time=time.perf_counter() - began)
-
-    def credit_rule(self, step: int) -> dict:
-        c = self.config
-        pass_k = c.pass_k + (c.pass_k_end - c.pass_k) * step / max(1, c.steps - 1)
-        rule = dict(chains=chain_credit(c, self.task), baseline=c.baseline, pass_k=round(pass_k))
-        return rule | dict(scale=c.advantage_scale, repeats=c.repeats, rarity=c.rarity)
 
     @torch.no_grad()
     def refresh_actor(self) -> None:
@@ -1072,10 +1065,11 @@ class RunFolder:
             return None
         if not steps and not auto:
             raise self.error("holds no checkpoint: start without --resume, in an empty folder")
-        self.lock("a")
-        # without a checkpoint it ended before the first
+        with told(f"{self.file} cannot be read", "use another --output_dir"):
+            self.lock("r")
+            # nothing, where it ended before it began
+            saved = json.loads(self.held.read() or "{}")
         state = position(self.checkpoint(steps[-1])) if steps else None
-        saved = json.loads(self.file.read_text(encoding="utf-8") or "{}")
         bound = {name: old for name, old in saved.items() if name not in self.FREE}
         pairs = [(name, old, self.flags.get(name, old)) for name, old in bound.items()]
         changes = [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if new != old]
@@ -1086,7 +1080,7 @@ class RunFolder:
 
     def lock(self, mode: str) -> None:
         """Held until this process ends, however it does: one run at a time works in a folder."""
-        self.held = open(self.file, mode)
+        self.held = open(self.file, mode, encoding="utf-8")
         try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -1525,11 +1519,11 @@ def model_card(run: Run, state: dict) -> str:
     c, usual = run.config, vars(Config())
     given = {n: v for n, v in vars(c).items() if n not in ASIDE and v != usual[n]}
     given = {n: " ".join(map(str, v)) if isinstance(v, tuple) else v for n, v in given.items()}
-    told = dict(given=" ".join(f"--{name} {value}" for name, value in given.items()))
-    told["base_model"] = "" if c.model == "tiny" or Path(c.model).exists() else f"base_model: {c.model}\n"
+    values = dict(given=" ".join(f"--{name} {value}" for name, value in given.items()))
+    values["base_model"] = "" if c.model == "tiny" or Path(c.model).exists() else f"base_model: {c.model}\n"
     rows = [f"| {name} | {before:.3f} | {after:.3f} |" for name, before, after in progress(state, c.num_sketches)]
-    told |= dict(asked="--two_stage" * run.task.two_stage, measures="\n".join(rows))
-    return (DATA / "model_card.md").read_text(encoding="utf-8").format(**vars(c) | state | told)
+    values |= dict(asked="--two_stage" * run.task.two_stage, measures="\n".join(rows))
+    return (DATA / "model_card.md").read_text(encoding="utf-8").format(**vars(c) | state | values)
 
 
 def push(name: str, folder: RunFolder, best: int) -> None:
@@ -1654,7 +1648,7 @@ def brief(evaluation: dict, size: int) -> dict[str, float]:
     measures = {"success, i.i.d.": iid["avg@n"], "valid, i.i.d.": iid["valid"]}
     for kind, found in evaluation.items():
         shown = [k for k in found[part] if int(k) in (1, size, 320)] or list(found[part])[:1]
-        measures |= {f"{part[:-1]}{k}, {kind}": found[part][k] for k in shown}
+        measures |= {part.replace("k", f"{k}, {kind}"): found[part][k] for k in shown}
     return measures
 
 
@@ -1685,7 +1679,8 @@ def main(config: Config) -> None:
     with user_errors():
         if config.ask is not None or config.compare:
             return compare(config) if config.compare else answer(config)
-        task = tasks.make_task(config.task, **parse_options(config.task_options))
+        with patience(f"making the task {config.task}"):
+            task = tasks.make_task(config.task, **parse_options(config.task_options))
         config = resolve(config, task)
         if config.dry_run or config.show:
             look = describe if config.dry_run else show
@@ -1700,6 +1695,7 @@ def work(config: Config, task: tasks.Task, folder: RunFolder) -> None:
     ranks, path, first = folder.ranks, folder.path, folder.ranks.rank == 0
     with user_errors():
         torch.manual_seed(config.seed)
+        kernels.choose("auto", ranks.device)
         state = ranks.first(folder.open)
         run = Run(config, task, starting_policy(config.model, config, task, ranks), ranks)
         run.explorer.check_problems(run.problems, run.plan)

@@ -1,8 +1,10 @@
 """A control that is a fork: all K sketches in one text, a line each, in place of one after another.
 
-    python experiments/list_sketches.py --task countdown --model Qwen/Qwen2.5-0.5B-Instruct
+    python experiments/list_sketches.py --task countdown --model Qwen/Qwen2.5-0.5B-Instruct --output_dir runs/list
 
-All flags of train.py hold; `--sketches` is without effect. For pretrained models: the tiny policy writes no lines.
+For tasks of two stages and pretrained models: the tiny policy writes no lines. All flags of train.py hold but
+`--sketches`, which is without effect; so give a folder, for the flags in it are those of a run in sequence. What an
+evaluation calls "sequential" is drawn as lists, too.
 """
 
 import re

@@ -747,7 +747,7 @@ def test_a_wrong_id_that_nobody_checked_gives_nan(impl):
 
 
 def test_the_switch_is_the_argument_else_the_environment_else_torch(monkeypatch):
-    choose, cpu, gpu = kernels._choose, torch.device("cpu"), torch.device("cuda")
+    choose, cpu, gpu = kernels.choose, torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.delenv("SESA_KERNELS", raising=False)
     assert choose("auto", cpu) == choose("torch", cpu) == choose("auto", gpu) == choose("torch", gpu) == "torch"
@@ -765,12 +765,12 @@ def test_the_switch_is_the_argument_else_the_environment_else_torch(monkeypatch)
 @pytest.mark.skipif(kernels.triton is None, reason="no triton here")
 def test_the_switch_turns_to_triton(monkeypatch):
     monkeypatch.setenv("SESA_KERNELS", "triton")
-    assert kernels._choose("auto", torch.device("cuda")) == "triton"
+    assert kernels.choose("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(kernels.triton, "JITFunction", type(kernels._forward_kernel))  # as if it were compiled
     for impl in ("triton", "auto"):
         with pytest.raises(ValueError, match="on 'cpu', not on a GPU"):
-            kernels._choose(impl, torch.device("cpu"))
-    assert kernels._choose("triton", torch.device("cuda")) == "triton"
+            kernels.choose(impl, torch.device("cpu"))
+    assert kernels.choose("triton", torch.device("cuda")) == "triton"
 
 
 def test_without_triton_the_module_works():
