@@ -119,7 +119,7 @@ def token_stats(
     _require(logits.dtype in (torch.float32, torch.float16, torch.bfloat16),
              f"logits is {logits.dtype}, it must be float32, float16 or bfloat16: cast it")
     _require(ref_logits is None or ref_logits.shape == logits.shape,
-             f"ref_logits must have the shape of logits, {tuple(logits.shape)}: same tokens, same vocabulary")
+             f"ref_logits is not {tuple(logits.shape)} like logits: give one vocabulary")
     options = _options(targets, *logits.shape, temperature, softcap, impl)
     logits, ref_logits = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (logits, ref_logits))
     return TokenStats(*_RowStats.apply(logits, ref_logits, targets, options, inplace))
@@ -218,7 +218,7 @@ def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature,
 
 
 def _options(targets, n, v, temperature, softcap, impl, chunk_size=0) -> _Options:
-    _require(temperature > 0, f"temperature is {temperature}, it must be above 0: 1.0 is the model's own distribution")
+    _require(temperature > 0, f"temperature is {temperature}, it must be above 0: 1.0 is usual")
     _require(softcap >= 0, f"softcap is {softcap}, it must be 0 (off) or above")
     _require(v > 0, "the vocabulary is empty: check the head")
     _require(targets.shape == (n,) and not targets.is_floating_point(),
@@ -235,7 +235,7 @@ def choose(impl: str, device: torch.device) -> str:
     impl = os.environ.get("SESA_KERNELS", impl) if impl == "auto" else impl
     _require(impl in ("auto", "torch", "triton"), f"impl or SESA_KERNELS is {impl!r}: use 'torch' or 'triton'")
     runs = triton and (device.type == "cuda" or not isinstance(_forward_kernel, triton.JITFunction))  # interpreted
-    problem = f"the tensors are on {device.type!r}, not on a GPU" if triton else "the triton package is not installed"
+    problem = f"{device.type!r} is no GPU" if triton else "triton is not installed"
     _require(impl != "triton" or runs, f"impl or SESA_KERNELS is 'triton' but {problem}: use 'torch'")
     return impl.replace("auto", "torch")
 

@@ -402,9 +402,9 @@ class Sampler:
 
     def _leaf(self, row: int, busy: bool = False) -> _Segment:
         if row not in self._rows:
-            raise ValueError(f"row {row!r} does not exist: it was never made by prefill or fork, or it was released")
+            raise ValueError(f"row {row!r} does not exist: it was never made, or released")
         if row in self._busy and not busy:
-            raise ValueError(f"row {row} is being sampled: wait until its request is complete, or fork it beforehand")
+            raise ValueError(f"row {row} is being sampled: wait, or fork it beforehand")
         return self._rows[row]
 
     def _add(self, segment: _Segment) -> int:
@@ -477,7 +477,7 @@ class Sampler:
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
         differ = f"our logits differ from the model's own by {gap:.3g} (largest {largest:.3g})"
-        supported = "full attention or a window above 10, rotary or learnt positions, finite weights"
+        supported = "full attention or a window above 10, rotary or learnt positions"
         raise ValueError(f"{type(twin).__name__}: {differ}; the sampler supports {supported}")
 
 
@@ -861,10 +861,9 @@ class _Memory:
         missing = Counter(wanted) - Counter(slots)
         planned = self.bytes + sum(count * capacity * self.token_bytes for capacity, count in missing.items())
         if planned > self.budget:
-            raise _NoRoom(
-                f"memory budget of {self.budget / 1e9:.3g} GB is too small: {self.bytes / 1e9:.3g} GB hold keys and "
-                f"values and one more row needs {(planned - self.bytes) / 1e9:.3g} GB; raise memory_gb or release rows"
-            )
+            full, more = (f"{size / 1e9:.3g} GB" for size in (self.bytes, planned - self.bytes))
+            now = f"{full} hold keys and values, one more row needs {more}"
+            raise _NoRoom(f"memory budget of {self.budget / 1e9:.3g} GB: {now}; raise memory_gb or release rows")
         for capacity, count in missing.items():
             so_far = sum(slab.slots for slab in self.slabs[capacity])
             # few slabs, few pieces

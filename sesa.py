@@ -86,7 +86,7 @@ class Prompts:
 
     def __post_init__(self):
         if not all(isinstance(text, str) for text in vars(self).values()) or self.solve.count("{sketch}") != 1:
-            raise ValueError("each prompt must be a text, and `solve` hold {sketch} once, where the sketch goes")
+            raise ValueError("each prompt must be a text, and `solve` hold {sketch} once")
 
 
 # What the prompts of the tiny policy add to the words of its task.

@@ -411,7 +411,7 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
     yield unpaired, "sketches", "takes another problem's: needs two problems, on one rank"
     unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
-    yield unmixed, "num_direct", "mixes groups of --method sesa on a task with a solution stage only"
+    yield unmixed, "num_direct", "is for --method sesa on a task of two stages"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
     across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
@@ -685,7 +685,7 @@ class Run:
                 lost = row["skipped_updates"]
                 skipped = skipped + lost if lost == config.minibatches else 0
                 if skipped >= 5:
-                    line = f"{skipped} updates in a row had a loss or gradient that is not finite"
+                    line = f"{skipped} updates in a row had no finite loss and gradient"
                     remedy = f"from a checkpoint in {folder.path} go on with a lower --learning_rate"
                     raise UserError(f"step {state['step']}: {line}; {remedy}")
                 sampled = 2 if last or due(step, config.sample_every) else 0
@@ -1064,7 +1064,7 @@ class RunFolder:
                 raise self.error("exists and is not empty: use --resume, or another folder")
             return None
         if not steps and not auto:
-            raise self.error("holds no checkpoint: start without --resume, in an empty folder")
+            raise self.error("holds no checkpoint: start without --resume")
         with told(f"{self.file} cannot be read", "use another --output_dir"):
             self.lock("r")
             # nothing, where it ended before it began

@@ -715,7 +715,7 @@ def test_wrong_input_is_refused_with_a_remedy():
         (lambda: token_stats(x[None], targets), "flatten"),
         (lambda: token_stats(x.double(), targets), "cast it"),
         (lambda: token_stats(x.long(), targets), "cast it"),
-        (lambda: token_stats(x, targets, y[:, :40]), "same vocabulary"),
+        (lambda: token_stats(x, targets, y[:, :40]), "one vocabulary"),
         (lambda: token_stats(x, targets[:2]), "a token id per row"),
         (lambda: token_stats(x, targets.float()), "a token id per row"),
         (lambda: token_stats(x, targets, temperature=0.0), "above 0"),
@@ -751,7 +751,7 @@ def test_the_switch_is_the_argument_else_the_environment_else_torch(monkeypatch)
     monkeypatch.setattr(kernels, "triton", None)
     monkeypatch.delenv("SESA_KERNELS", raising=False)
     assert choose("auto", cpu) == choose("torch", cpu) == choose("auto", gpu) == choose("torch", gpu) == "torch"
-    with pytest.raises(ValueError, match="'triton' but the triton package is not installed"):
+    with pytest.raises(ValueError, match="'triton' but triton is not installed"):
         choose("triton", gpu)
     monkeypatch.setenv("SESA_KERNELS", "triton")
     with pytest.raises(ValueError, match="not installed: use 'torch'"):
@@ -768,7 +768,7 @@ def test_the_switch_turns_to_triton(monkeypatch):
     assert kernels.choose("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(kernels.triton, "JITFunction", type(kernels._forward_kernel))  # as if it were compiled
     for impl in ("triton", "auto"):
-        with pytest.raises(ValueError, match="on 'cpu', not on a GPU"):
+        with pytest.raises(ValueError, match="'cpu' is no GPU"):
             kernels.choose(impl, torch.device("cpu"))
     assert kernels.choose("triton", torch.device("cuda")) == "triton"
 
