@@ -109,13 +109,14 @@ def experiment(name: str):
     return module
 
 
-@pytest.mark.parametrize("name", ["collapse", "states", "tasks"])
+@pytest.mark.parametrize("name", ["collapse", "states", "tasks", "asked"])
 def test_tables_are_made_from_the_committed_results(name):
     module = experiment(name)
     rows = module.results()
     if rows:
         assert module.table(rows).strip() == module.runs.published(name).strip()
-        assert module.PICTURE.stat().st_size > 10_000 and f"{name}.png" in README + RESULTS
+        picture = getattr(module, "PICTURE", None)
+        assert not picture or picture.stat().st_size > 10_000 and f"{name}.png" in README + RESULTS
 
 
 def test_a_state_is_right_if_it_is_the_only_one_that_is_named():
