@@ -1263,7 +1263,7 @@ def read_rows(file: Path) -> list[dict]:
 
 def read_run(path: Path) -> tuple[dict, list[dict]]:
     """(flags, rows) of a run folder: each step's metrics with the tokens and seconds so far, the base first."""
-    with told(f"{path} cannot be read as a run folder", "give the --output_dir of a run"):
+    with told(f"{path} cannot be read as a run folder", "give a run's folder"):
         flags, rows = read_json(path / "config.json"), read_rows(path / "metrics.jsonl")
         file = path / "summary.json"
         base = read_json(file)["base_evaluation"] if file.exists() else None
@@ -1729,7 +1729,7 @@ def start(config: Config) -> None:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the last checkpoint, if there is one, is whole", file=sys.stderr)
+        print("interrupted: the last checkpoint, if any, is whole", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():

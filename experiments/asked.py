@@ -1,11 +1,11 @@
-"""After training: the same policies, asked for 8 answers in six ways. What is the order of the sketches worth?
+"""After training: the same policies, asked for 8 answers in eight ways. What is the order of the sketches worth?
 
     python experiments/tasks.py --tasks frozenlake                # leaves the policies
     python experiments/asked.py runs/tasks/frozenlake-*           # asks what is missing in asked.jsonl, then the table
     python experiments/asked.py                                   # only the table, from the committed results
 
 Takes run folders of tasks of two stages. Solved: at least one answer of a problem is right, on 512 validation problems.
-The controls: as many tokens spent on more answers, a higher temperature, sketches that do not see each other, and
+The controls: as many tokens spent on more answers, higher temperatures, both, sketches that do not see each other, and
 sketches that were drawn in sequence but for another problem.
 """
 
@@ -31,7 +31,9 @@ SKETCHED = dict(method="sesa", num_sketches=SIZE, num_solutions=1, num_direct=0,
 WAYS = {
     "direct": ("i.i.d.", dict(method="grpo", group_size=SIZE), 1.0),
     "hot": ("i.i.d., temperature 1.5", dict(method="grpo", group_size=SIZE), 1.5),
+    "hotter": ("i.i.d., temperature 2", dict(method="grpo", group_size=SIZE), 2.0),
     "more": ("16 i.i.d.", dict(method="grpo", group_size=2 * SIZE), 1.0),
+    "more-hot": ("16 i.i.d., temperature 1.5", dict(method="grpo", group_size=2 * SIZE), 1.5),
     "iid": ("each after a sketch of its own", SKETCHED | dict(sketches="iid"), 1.0),
     "placebo": ("after another problem's sketches, in sequence", SKETCHED | dict(sketches="placebo"), 1.0),
     "sequential": ("after sketches in sequence", SKETCHED | dict(sketches="sequential"), 1.0),
