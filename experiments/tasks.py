@@ -115,9 +115,10 @@ def draw(rows: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4.6), layout="constrained")
+    shown = [task for task in TASKS if any(cell[0] == task for cell in rows)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(1 + 4.5 * len(shown), 4.6), layout="constrained", squeeze=False)
     colors = dict(zip(ARMS, plt.get_cmap("tab20").colors, strict=False))
-    for axis, task in zip(axes, TASKS, strict=True):
+    for axis, task in zip(axes[0], shown, strict=True):
         for arm, (_, title) in ARMS.items():
             curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
             if not curves:
@@ -129,10 +130,11 @@ def draw(rows: dict) -> None:
             style = "--" if arm.startswith("grpo") else "-"
             axis.plot(*points, style, marker="o", markersize=3, color=colors[arm], label=title)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
-        axis.set(title=task, xlabel="pass@1, %", ylabel="pass@8, %" if axis is axes[0] else None)
+        seeds = len({seed for t, _, seed in rows if t == task})
+        axis.set(title=f"{task}, seeds: {seeds}", xlabel="pass@1, %", ylabel="pass@8, %" if task == shown[0] else None)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(PICTURE, dpi=120)
 
 
