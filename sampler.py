@@ -477,7 +477,7 @@ class Sampler:
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
         differ = f"our logits differ from the model's own by {gap:.3g} (largest {largest:.3g})"
-        supported = "full attention or a window over 10, usual positions, finite weights"
+        supported = "full attention or a window above 10, usual positions, finite weights"
         raise ValueError(f"{type(twin).__name__}: {differ}; the sampler supports {supported}")
 
 
