@@ -153,7 +153,7 @@ def pass_at_k(n: int, c: int | Tensor, k: int) -> float | Tensor:
     tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
     if not 1 <= k <= n:
-        raise ValueError(f"k is {k}, but pass@k of {n} samples needs 1 <= k <= {n}; draw more samples or lower k")
+        raise ValueError(f"k is {k}, but pass@k of {n} samples needs 1 <= k <= {n}; lower k")
     wrong = n - (c.double() if isinstance(c, Tensor) else c)
     # The product reaches an exact 0 at i = wrong, if wrong < k, and stays there.
     return 1.0 - math.prod((wrong - i) / (n - i) for i in range(k))
@@ -373,7 +373,7 @@ def policy_loss(
     if kl_coef:
         _require("kl_type", kl_type, ("exact", "k1", "k2", "k3"))
         if stats.kl is None:
-            raise ValueError("kl_coef is not 0, but the statistics hold no reference; compute them with one, or set 0")
+            raise ValueError("kl_coef is not 0, but the statistics hold no reference; give one, or set 0")
         kl = stats.kl if kl_type == "exact" else kl_estimate(stats.logp, stats.ref_logp, kl_type)  # [N]
         objective = objective - kl_coef * kl
     if entropy_coef:

@@ -268,7 +268,7 @@ class Explorer:
         that the result does not depend on how ranks share the work (placebo: one rank only)."""
         self.roots.clear()
         others = [None] * len(placed)
-        draw, program = (self.draft, self.explore) if self.task.two_stage else (self.guess, self.guess)
+        draw, program = (self.draft, self.explore) if self.task.two_stage else [self.guess] * 2
         if plan.method == "grpo":
             program = self.answer
         elif plan.sketches == "placebo":

@@ -861,8 +861,8 @@ def read_gym(name: str, options: str = "{}") -> list[dict]:
     options = check_options(f"gym:{name}", DATASETS[name][1], json.loads(options))
     try:
         rows = create_dataset(name, **dict(seed=0, size=1000) | options)
-        rows = [row | dict(answer=str(row["answer"] or "")) for row in rows]
-        return [row for row in rows if 0 < len(row["answer"].strip()) <= MAX_ANSWER]
+        found = [row | dict(answer=str(row["answer"])) for row in rows if row["answer"] is not None]
+        return [row for row in found if 0 < len(row["answer"].strip()) <= MAX_ANSWER]
     except Exception as error:
         # its data sets assert, or raise what they like
         raise ValueError(f"task gym:{name} with {options}: {error}") from None

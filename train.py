@@ -896,8 +896,7 @@ def backward(policy, reference, micro: list[Row], config: Config, kl_coef: float
     loss, stats = score(policy, micro, device, loss_fn, inputs, reference, c.temperature)
     loss.backward()
     metrics = rl.update_metrics(stats, *inputs, **clips)
-    old_logp = inputs[2] if len(inputs) > 2 else stats.logp
-    shift = old_logp - sampled  # [N]
+    shift = (inputs[2] if len(inputs) > 2 else stats.logp) - sampled  # [N]
     metrics |= {"sampling/logp_difference": shift.abs().sum(), "sampling/logp_shift": shift.sum()}
     return {name: float(value) for name, value in metrics.items()} | dict(loss=loss.item())
 

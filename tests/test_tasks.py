@@ -791,6 +791,15 @@ def test_the_judge_kills_what_only_waits():
 # ---------------------------------------------------------------------------------------------------------- reasoning-gym
 
 
+def test_problems_of_a_set_that_cannot_be_used_are_left_out(monkeypatch):
+    from reasoning_gym import factory
+
+    answers = ["two", 3, None, "", " ", "x" * 5000, 0]
+    rows = [dict(question=f"q {i}", answer=answer) for i, answer in enumerate(answers)]
+    monkeypatch.setattr(factory, "create_dataset", lambda name, **options: rows)
+    assert [row["answer"] for row in tasks.read_gym("chain_sum")] == ["two", "3", "0"]
+
+
 @pytest.mark.parametrize("name", ["word_sorting", "knights_knaves", "codeio"])
 def test_right_is_the_answer_of_the_data_set(name):
     pytest.importorskip("reasoning_gym")

@@ -814,6 +814,36 @@ def test_a_damaged_checkpoint_is_refused(harm, file, toys, tmp_path, monkeypatch
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.parametrize("harm", [cut, Path.unlink])
+def test_a_run_without_its_config_is_not_resumed(harm, toys, tmp_path, monkeypatch, capsys, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    harm(tmp_path / "run" / "config.json")
+    before = tree(tmp_path)
+    words = flags(toys["letters"] | dict(seed=7)) + ["--resume", "--output_dir", "run"]
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.json cannot be read (" in error and tree(tmp_path) == before
+
+
+def test_kernels_that_are_not_there_are_refused_before_anything_is_written(toys, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SESA_KERNELS", "cuda")
+    words = flags(toys["letters"] | dict(output_dir="run"))
+    assert command(*words, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "SESA_KERNELS is 'cuda'" in error and not list(tmp_path.iterdir())
+
+
+def test_a_warm_start_is_made_anew_for_other_limits_and_only_then():
+    task, ranks = tasks.make_task("countdown", difficulty="easy"), train.Ranks(0, 1, torch.device("cpu"))
+    small = dict(task="countdown", warm_start_steps=1, warm_start_batch=2, tiny_width=32, tiny_layers=1)
+    config = train.resolve(Config(**small), task)
+    first = train.warm_start(config, task, ranks.device)
+    assert train.warm_start(config, task, ranks.device) == first
+    task.tiny_tokens = dict(sketch=5, solution=9)
+    assert train.warm_start(config, task, ranks.device) != first
+    assert train.starting_policy("tiny", config, task, ranks).limits == task.tiny_tokens
+
+
 def test_a_damaged_model_is_refused(toys, tmp_path, monkeypatch, capsys, finished):
     shutil.copytree(finished / "checkpoints" / "step_4", tmp_path / "model")
     cut(tmp_path / "model" / "model.safetensors")
