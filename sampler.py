@@ -311,7 +311,7 @@ class Sampler:
     def _accept(self, draft: _Draft, token: int, logp: float) -> None:
         """Append a token to a row, and note if it ends there."""
         if not math.isfinite(logp):
-            raise ValueError("the model gave logits that are not finite: its weights hold inf or nan, or overflow")
+            raise ValueError("the model gave logits that are not finite: its weights hold inf or nan")
         draft.ids.append(token)
         draft.logps.append(logp)
         leaf = self._rows[draft.row]

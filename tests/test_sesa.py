@@ -237,7 +237,7 @@ def test_a_template_that_does_not_show_an_earlier_answer_once_is_refused(shown):
     template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + shown
     chat = Chat(byte_tokenizer(template + "{% endif %}{% endfor %}"), [256])
     assert chat.opening("x") == chat.encode("x")  # one turn needs no history
-    with pytest.raises(ValueError, match="does not show earlier answers as they were: take another model"):
+    with pytest.raises(ValueError, match="does not show earlier answers as they were: use another"):
         chat.following("y")
 
 
