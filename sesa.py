@@ -413,7 +413,7 @@ class Explorer:
         for problem in islice(problems, 100 if len(problems) > 20_000 else None):
             start, tokenizer = f"problem {problem.text[:40]!r}", self.chat.tokenizer
             if tokenizer.unk_token_id in self.chat.encode(problem.text):
-                raise ValueError(f"{start} has words that the model has no tokens for: use another")
+                raise ValueError(f"{start} has words that the model has no tokens for: use another --model")
             if (need := self.longest(problem, plan)) > self.sampler.max_positions:
                 room = f"{need} tokens, the model has {self.sampler.max_positions} positions"
                 raise ValueError(f"{start} takes up to {room}: shorten it, or lower --num_sketches or --max_*_tokens")
