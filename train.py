@@ -434,8 +434,9 @@ def environ(name: str, default: int = 0) -> int:
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
     """("difficulty=easy", "chain=8") -> {"difficulty": "easy", "chain": "8"}; the task knows the types."""
-    with told(f"--task_options {' '.join(pairs)}", "must be name=value"):
-        return dict(pair.split("=", 1) for pair in pairs)
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise UserError(f"--task_options {wrong[0]}: must be name=value")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

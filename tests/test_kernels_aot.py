@@ -158,6 +158,7 @@ def test_sm90_backward_is_bound_by_memory(sm90):
         assert row["wide_loads"] > 0, row
 
 
+@pytest.mark.slow
 def test_sm80_compiles_within_its_registers():
     check_common(counts_of(80, "bf16"), "sm_80")
 

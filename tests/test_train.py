@@ -708,7 +708,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task nowhere.py:Task", "nowhere.py:Task: there is no such file"),
         ("--task jsonl:broken.jsonl", "broken.jsonl, line 2: must be a JSON object"),
         ("--task jsonl:nowhere.jsonl", "nowhere.jsonl: cannot be read"),
-        ("--task_options treasures", "): must be name=value"),
+        ("--task_options treasures", "treasures: must be name=value"),
         ("--task_options nonsense=1", "no option 'nonsense': it has treasures"),
         ("--task_options treasures=many", "treasures='many': must be int"),
         ("--task_options treasures=1.5", "treasures='1.5': must be int"),
