@@ -20,20 +20,15 @@ import runs
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "tasks.jsonl", HERE / "tasks.png"
-# those of the other puzzles, where the answers are the chain
-ANSWERED = "--warm_start_steps 1500 --warm_start_batch 16 --warm_start_lr 2e-3"
 TASKS = {
     "frozenlake": "--task frozenlake --task_options slippery=false --steps 160 --eval_every 40",
     "countdown": "--task countdown --task_options difficulty=easy --steps 400 --eval_every 100",
     "sudoku": "--task sudoku --steps 120 --eval_every 30",
     "sokoban": "--task sokoban --steps 120 --eval_every 30",
-    "chained-frozenlake": f"--task experiments/chained.py:FrozenLake --steps 160 --eval_every 40 {ANSWERED}",
-    "chained-countdown": f"--task experiments/chained.py:Countdown --steps 160 --eval_every 40 {ANSWERED}",
 }
 COMMON = "--problems_per_step 16 --eval_problems 512 --eval_samples 8 --eval_k 1 8 --learning_rate 3e-4"
 GRPO = "--method grpo --num_sketches 8"
 SESA = "--num_sketches 8 --kl_coef 0.05"
-CHAIN = f"{SESA} --advantage_scale none --repeats zero --rarity 0 --baseline chain"
 MIXED = "--num_direct 4 --num_sketches 4 --kl_coef 0.05"
 ARMS = {
     "grpo": (f"{GRPO} --kl_coef 0.05", "GRPO"),
@@ -49,16 +44,7 @@ ARMS = {
     "mixed": (f"{MIXED} --sketch_context distill --distill_coef 0.1", "half direct, half sketched, distill 0.1"),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
     "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "the same, i.i.d. sketches"),
-    "chain": (f"{CHAIN} --sketch_context distill", "SESA, chains of answers, distill"),
-    "chain-keep": (f"{CHAIN} --sketch_context keep", "SESA, chains of answers, keep"),
-    "chain-iid": (f"{CHAIN} --sketch_context distill --sketches iid", "order control: no answer sees another"),
-    "chain-placebo": (f"{CHAIN} --sketch_context distill --sketches placebo", "order control: another problem's"),
 }
-
-
-def belongs(task: str, arm: str) -> bool:
-    """GRPO is for all; chains of answers for the tasks that have them, chains of sketches for the others."""
-    return arm.startswith("grpo") or arm.startswith("chain") == task.startswith("chained")
 
 
 def flags(task: str, arm: str, seed: int) -> list[str]:
@@ -73,7 +59,7 @@ def pairs(text: str) -> list[tuple[str, list[str]]]:
 
 def results() -> dict[tuple[str, str, int], dict]:
     found = runs.results(RESULTS, ("task", "arm", "seed"))
-    return {cell: row for cell, row in found.items() if cell[1] in ARMS and belongs(*cell[:2]) and row["flags"] == flags(*cell)}
+    return {cell: row for cell, row in found.items() if cell[1] in ARMS and row["flags"] == flags(*cell)}
 
 
 def run(task: str, arm: str, seed: int, folder: Path) -> None:
@@ -131,26 +117,25 @@ def draw(rows: dict) -> None:
     from matplotlib import pyplot as plt
 
     shown = [task for task in TASKS if any(cell[0] == task for cell in rows)]
-    # where the answers are drawn in sequence at the same cost, both ways
-    panels = [(task, kind) for task in shown for kind in ("iid", "sequential")[: 1 + task.startswith("chained")]]
-    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(9, 4.2 * -(-len(panels) // 2)), layout="constrained")
+    tall = -(-len(shown) // 2)
+    figure, axes = plt.subplots(tall, 2, figsize=(9, 1 + 4 * tall), layout="constrained", squeeze=False)
     colors = dict(zip(ARMS, plt.get_cmap("tab20").colors, strict=False))
-    for axis, (task, kind) in zip(axes.flat, panels, strict=False):
+    for axis, task in zip(axes.flat, shown, strict=False):
         for arm, (_, title) in ARMS.items():
             curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
             if not curves:
                 continue
             points = [
-                [100 * statistics.fmean(pick(p) for p in at) for at in zip(*curves, strict=True)]
-                for pick in (lambda p: p["iid"]["avg@n"], lambda p: p[kind]["pass@k"]["8"])
+                [100 * statistics.fmean(pick(p["iid"]) for p in at) for at in zip(*curves, strict=True)]
+                for pick in (lambda e: e["avg@n"], lambda e: e["pass@k"]["8"])
             ]
             style = "--" if arm.startswith("grpo") else "-"
             axis.plot(*points, style, marker="o", markersize=3, color=colors[arm], label=title)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
-        seeds, way = len({seed for t, _, seed in rows if t == task}), dict(iid="i.i.d.", sequential="in sequence")[kind]
-        axis.set(title=f"{task}, seeds: {seeds}", xlabel="pass@1, %", ylabel=f"pass@8, {way}, %")
+        seeds = len({seed for t, _, seed in rows if t == task})
+        axis.set(title=f"{task}, seeds: {seeds}", xlabel="pass@1, %", ylabel="pass@8, %")
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.remove()
     handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -167,7 +152,6 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="run nothing")
     args = parser.parse_args()
     jobs = [(t, a, s, args.runs.resolve()) for s in args.seeds for t in args.tasks for a in args.arms]
-    jobs = [job for job in jobs if belongs(*job[:2])]
     runs.in_parallel(run, [j for j in jobs if j[:3] not in results()] if not args.draw else [], args.workers)
     draw(results())
     runs.publish("tasks", table(results()))
