@@ -534,6 +534,18 @@ def test_frozenlake_floor_and_ceiling_and_their_cache(tmp_path, monkeypatch):
         make_task("frozenlake", frozen=0.7).floor()
 
 
+def test_a_task_whose_file_is_gone_or_edited_has_a_floor_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "lake.py"
+    source = "import tasks\nclass Lake(tasks.FrozenLake):\n    def measured(self, what, rate):\n"
+    source += "        return super().measured(what, lambda data, rng: {})\n"
+    for value in (0.25, 0.75):
+        file.write_text(source.replace("{}", str(value)))
+        task = make_task(f"{file}:Lake")
+        file.unlink()
+        assert task.floor() == value
+
+
 def test_floors_are_what_random_policies_reach():
     rng = random.Random(0)
     for name, options in ("frozenlake", {}), ("sokoban", {}), ("sudoku", {"blanks": 2}):
