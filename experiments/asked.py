@@ -1,16 +1,17 @@
-"""After training: the same policies, asked for 8 answers in eight ways. What is the order of the sketches worth?
+"""After training: the same policies, asked for 8 answers in ten ways. What is the order of the sketches worth?
 
     python experiments/tasks.py --tasks frozenlake                # leaves the policies
     python experiments/asked.py runs/tasks/frozenlake-*           # asks what is missing in asked.jsonl, then the table
     python experiments/asked.py                                   # only the table, from the committed results
 
 Takes run folders of tasks of two stages. Solved: at least one answer of a problem is right, on 512 validation problems.
-The controls: as many tokens spent on more answers, higher temperatures, both, sketches that do not see each other, and
-sketches that were drawn in sequence but for another problem.
+The controls: as many tokens spent on more answers, higher temperatures, both, sketches that do not see each other, at
+three temperatures, and sketches that were drawn in sequence but for another problem.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,7 +20,6 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import runs  # noqa: E402
-
 import sesa  # noqa: E402
 import tasks  # noqa: E402
 import train  # noqa: E402
@@ -27,7 +27,7 @@ import train  # noqa: E402
 RESULTS = HERE / "asked.jsonl"
 SIZE = 8
 SKETCHED = dict(method="sesa", num_sketches=SIZE, num_solutions=1, num_direct=0, explore="always")
-# (title, changes of the plan, temperature)
+# (title, changes of the plan, temperature of the sketches or, where there are none, of the answers)
 WAYS = {
     "direct": ("i.i.d.", dict(method="grpo", group_size=SIZE), 1.0),
     "hot": ("i.i.d., temperature 1.5", dict(method="grpo", group_size=SIZE), 1.5),
@@ -35,6 +35,8 @@ WAYS = {
     "more": ("16 i.i.d.", dict(method="grpo", group_size=2 * SIZE), 1.0),
     "more-hot": ("16 i.i.d., temperature 1.5", dict(method="grpo", group_size=2 * SIZE), 1.5),
     "iid": ("each after a sketch of its own", SKETCHED | dict(sketches="iid"), 1.0),
+    "iid-hot": ("each after a sketch of its own, at temperature 1.5", SKETCHED | dict(sketches="iid"), 1.5),
+    "iid-hotter": ("each after a sketch of its own, at temperature 2", SKETCHED | dict(sketches="iid"), 2.0),
     "placebo": ("after another problem's sketches, in sequence", SKETCHED | dict(sketches="placebo"), 1.0),
     "sequential": ("after sketches in sequence", SKETCHED | dict(sketches="sequential"), 1.0),
 }
@@ -60,6 +62,8 @@ def ask(folder: Path, n: int) -> None:
         for way in missing:
             _, changes, temperature = WAYS[way]
             plan = train.plan_of(config, limits, temperature, **changes)
+            if changes["method"] == "sesa":
+                plan = replace(plan, solution_params=replace(plan.solution_params, temperature=1.0))
             problems = list(enumerate(task.problems("validation", 0)[i] for i in range(n)))
             groups = explorer.rollout(problems, plan, ("asked", way))
             outcomes = [group.outcomes() for group in groups]

@@ -24,7 +24,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # train.py loads this file too, as a task
 import runs  # noqa: E402
-
 from tasks import NOTHING, Demonstration, Outcome, Task  # noqa: E402
 
 RESULTS, PICTURE = HERE / "states.jsonl", HERE / "states.png"

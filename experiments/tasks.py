@@ -30,6 +30,7 @@ COMMON = "--problems_per_step 16 --eval_problems 512 --eval_samples 8 --eval_k 1
 GRPO = "--method grpo --num_sketches 8"
 SESA = "--num_sketches 8 --kl_coef 0.05"
 MIXED = "--num_direct 4 --num_sketches 4 --kl_coef 0.05"
+LATE = "--num_direct 6 --num_sketches 2 --kl_coef 0.05"
 ARMS = {
     "grpo": (f"{GRPO} --kl_coef 0.05", "GRPO"),
     "grpo-kl0.001": (f"{GRPO} --kl_coef 0.001", "GRPO, KL 0.001"),
@@ -44,6 +45,7 @@ ARMS = {
     "mixed": (f"{MIXED} --sketch_context distill --distill_coef 0.1", "half direct, half sketched, distill 0.1"),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
     "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "the same, i.i.d. sketches"),
+    "stuck-6": (f"{LATE} --explore stuck --sketch_context imitate", "2 sketches where 6 answers are stuck, imitate"),
 }
 
 
