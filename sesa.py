@@ -347,7 +347,7 @@ class Explorer:
         rows, drafts = self.branch(problem, [chain.prompt for chain in chains]), []
         while len(drafts) < plan.num_sketches:
             for chain, row in zip(chains, rows, strict=True):
-                self.show(chain, row=row)
+                self.observe(chain, row=row)
             seeds = [derive_seed(*seed, "sketch", len(drafts) + i) for i in range(len(chains))]
             drafts += yield rows, plan.sketch_params, seeds
             for chain, draft in zip(chains, drafts[-len(chains) :], strict=True):
@@ -369,7 +369,7 @@ class Explorer:
                     trajectory.outcomes = [episode.outcome()]
                     self.sampler.release([row])
                 else:
-                    self.show(trajectory, episode, row)
+                    self.observe(trajectory, episode, row)
             alive = [one for one in alive if not one[1].outcomes]
         return trajectories
 
@@ -391,8 +391,8 @@ class Explorer:
             self.sampler.release(stem)
         return rows
 
-    def show(self, trajectory: Trajectory, episode=None, row: int | None = None) -> None:
-        """Show the policy what follows its turn: the end of that, if it was cut, and what the episode has to say, or
+    def observe(self, trajectory: Trajectory, episode=None, row: int | None = None) -> None:
+        """The policy observes what follows its turn: the end of that, if it was cut, and what the episode says, or
         without an episode that another text is wanted. Before the first turn it is nothing. In its row, if it has one.
         """
         if trajectory.texts:
@@ -447,7 +447,7 @@ class Explorer:
 
     def recite(self, text: str, trajectory: Trajectory, episode=None) -> None:
         """As if the policy had been shown what follows its last turn, and had written the text."""
-        self.show(trajectory, episode)
+        self.observe(trajectory, episode)
         ids = self.chat.encode(text) + self.chat.stop_ids[:1]
         trajectory.wrote(Completion(ids, [0.0] * len(ids), "stop"), text)
 

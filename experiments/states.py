@@ -59,11 +59,13 @@ class States(Task):
 
 
 BOTH = "--method grpo --repeats zero --rarity 0.5 --advantage_scale none"
+LONG = "--num_sketches 16 --steps 30 --eval_every 15 --checkpoint_every 15"
 ARMS = {
     "base": {
         "grpo": ("--method grpo", "GRPO"),
         "grpo-both": (BOTH, "GRPO, both of SESA's rewards, not divided"),
         "sesa": ("--sketch_context keep", "SESA, `keep`"),
+        "sesa-16": (f"--sketch_context keep {LONG}", "SESA, `keep`, chains of 16, 30 steps of 64 guesses"),
         "sesa-distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
     },
     "recover": {
@@ -89,7 +91,7 @@ def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
     prompts = folder / "prompts.json"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
-    flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()
+    flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()  # the last of a flag counts
     if stage == "recover":
         model = str(folder / f"base-grpo-{seed}" / "checkpoints" / "step_20")
     given = [*flags, "--seed", str(seed), "--model", model, "--prompts", str(prompts)]
