@@ -27,6 +27,8 @@ def train(folder: Path, flags: Sequence[str]) -> dict:
     log = folder.with_name(folder.name + ".log")
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
+    if done.returncode < 0:
+        raise SystemExit(f"{folder} was killed: start again, it goes on")
     if done.returncode:
         return dict(failed=log.read_text().strip().splitlines()[-1][:300])
     return read(folder)

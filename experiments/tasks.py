@@ -30,6 +30,7 @@ COMMON = "--problems_per_step 16 --eval_problems 512 --eval_samples 8 --eval_k 1
 GRPO = "--method grpo --num_sketches 8"
 SESA = "--num_sketches 8 --kl_coef 0.05"
 MIXED = "--num_direct 4 --num_sketches 4 --kl_coef 0.05"
+HALF = "--sketch_context distill --distill_coef 0.1"
 LATE = "--num_direct 6 --num_sketches 2 --kl_coef 0.05"
 ARMS = {
     "grpo": (f"{GRPO} --kl_coef 0.05", "GRPO"),
@@ -37,14 +38,17 @@ ARMS = {
     "grpo-kl0.2": (f"{GRPO} --kl_coef 0.2", "GRPO, KL 0.2"),
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
     "grpo-both": (f"{GRPO} --kl_coef 0.05 --advantage_scale none --repeats zero", "GRPO, a repeat earns 0, undivided"),
+    "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, a repeat earns 0"),
     "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
     "is": (f"{SESA} --sketch_context is", "SESA, importance weights"),
     "keep": (f"{SESA} --sketch_context keep", "SESA, keep"),
     "drop": (f"{SESA} --sketch_context drop --learning_rate 1e-4", "SESA, drop (the paper)"),
-    "mixed": (f"{MIXED} --sketch_context distill --distill_coef 0.1", "half direct, half sketched, distill 0.1"),
+    "mixed": (f"{MIXED} {HALF}", "half direct, half sketched, distill 0.1"),
+    "mixed-iid": (f"{MIXED} {HALF} --sketches iid", "the same, i.i.d. sketches"),
+    "mixed-zero": (f"{MIXED} {HALF} --repeats zero", "half sketched, and a repeat earns 0"),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
-    "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "the same, i.i.d. sketches"),
+    "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "where stuck, i.i.d. sketches"),
     "stuck-6": (f"{LATE} --explore stuck --sketch_context imitate", "2 sketches where 6 answers are stuck, imitate"),
 }
 

@@ -13,6 +13,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of all tests shares their files out over two processes, where pytest-xdist is installed."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.usepdb
+    worker = hasattr(config, "workerinput")
+    if whole and not worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = min(2, os.cpu_count()), "loadfile"
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Write the .gguf file as an fp32 model with its tokenizer, in transformers' format; complete or not at all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -381,7 +381,7 @@ def test_the_forks_of_the_guide_run_and_matter(block, runs, tmp_path, monkeypatc
     lines = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
     assert len(lines) < 20
     exec(compile(block, "my_fork.py", "exec"), dict(__name__="my_fork"))
-    treasures = dict(task_options=("treasures=3056", "chain=4"), steps=4, warm_start_steps=100, entropy_coef=0.01)
+    treasures = dict(task_options=("treasures=3056", "chain=4"), steps=4, warm_start_steps=300, entropy_coef=0.01)
     forked = run(tmp_path / "fork", **treasures)
     monkeypatch.undo()
     usual = run(tmp_path / "usual", **treasures)
