@@ -37,7 +37,6 @@ ARMS = {
     "grpo-kl0.001": (f"{GRPO} --kl_coef 0.001", "GRPO, KL 0.001"),
     "grpo-kl0.2": (f"{GRPO} --kl_coef 0.2", "GRPO, KL 0.2"),
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
-    "grpo-both": (f"{GRPO} --kl_coef 0.05 --advantage_scale none --repeats zero", "GRPO, a repeat earns 0, undivided"),
     "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, a repeat earns 0"),
     "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
