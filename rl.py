@@ -43,7 +43,7 @@ MAX_LOG_RATIO = 20.0
 
 def _require(name: str, value: str, options: Iterable[str]) -> None:
     if value not in options:
-        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(options)}; choose one of them")
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(options)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def group_advantages(rewards: Tensor, success: Tensor, scale="std", pass_k=8, ep
     """
     _require("scale", scale, ("std", "none", "loo", "passk"))
     if rewards.shape != success.shape:
-        raise ValueError(f"rewards {list(rewards.shape)} and success {list(success.shape)} must have the same shape")
+        raise ValueError(f"rewards {list(rewards.shape)} and success {list(success.shape)} must have one shape")
     if scale == "passk":
         advantages = _pass_k_advantages(success, pass_k).to(rewards.dtype)  # [..., G]
     else:

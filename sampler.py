@@ -283,7 +283,7 @@ class Sampler:
         completions = drafts and [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in drafts]
         rows, params, seeds = program.send(completions)
         if len(rows) != len(seeds):
-            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs a seed of its own")
+            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs one")
         for row in rows:
             self._check_length(row, params)
             self._busy.add(row)

@@ -28,9 +28,9 @@ deviate from it, or chose what it leaves open:
     what all of them found. rarity=0 is the paper's reward. GRPO has neither this nor 2's zero by default; experiments
     give it both (--repeats zero --rarity 0.5).
  5. If all of a group succeed, or all fail, advantages are 0, whatever their shaped rewards (rl.group_advantages).
- 6. A group can be mixed: `num_direct` answers to the plain prompt beside those with a sketch, one baseline for all.
-    explore="stuck" draws sketches only for problems that none of the direct answers solved; the others get more direct
-    answers instead.
+ 6. A group is mixed: `num_direct` answers to the plain prompt beside those with a sketch, one baseline for all; 0 is
+    the paper. explore="stuck" draws sketches only for problems that none of the direct answers solved; the others get
+    more direct answers instead.
  7. Ablations of Stage I: `sketches="iid"` (empty history) and "placebo" (another problem's sketches; in chains, the
     history of another chain). experiments/list_sketches.py draws all K in one text.
  8. Token in, token out: what the policy wrote is put into later contexts as the ids that it wrote, never rendered or

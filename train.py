@@ -90,15 +90,15 @@ class MethodFlags:
     """M: solutions of each sketch"""
     group_size: int | None = None
     """G: i.i.d. answers of a problem with --method grpo; those of a sesa group if not given, so that methods compare"""
-    num_direct: int = 0
-    """D: answers of a sesa group that are drawn without a sketch, beside the K*M"""
+    num_direct: int | None = None
+    """D: answers of a group that are drawn without a sketch, beside the K*M; 0 where --num_sketches is given"""
     explore: Literal["always", "stuck"] = "always"
     """stuck: sketches only for problems that none of the D direct answers solved, else more direct answers"""
     sketches: Literal["sequential", "iid", "placebo"] = "sequential"
     """how Stage I draws: after the earlier sketches, with an empty history, or another problem's"""
     sketch_context: Literal["keep", "drop", "is", "imitate", "distill"] | None = None
     """what the loss conditions on: keep the sketch; drop it, or with importance weights, wins only; keep + imitate"""
-    distill_coef: float = 0.3
+    distill_coef: float | None = None
     """weight of imitate in distill"""
     advantage_scale: Literal["std", "none", "loo", "passk"] | None = None
     """divide by the group's std, do not, leave-one-out baseline, or the pass@k advantage"""
@@ -280,17 +280,17 @@ from rl import TrainingSequence as Row
 from sampler import Sampler, SamplingParams, output_scaling
 
 DATA = Path(__file__).parent / "data"
-# What None stands for. Where sketches are the answers, measured by experiments/collapse.py; else as the paper, but for
-# the context of the loss ("is" beat "drop" on all four puzzles), with what a tiny policy needs by experiments/LOG.md.
+# What None stands for. Where sketches are the answers, measured by experiments/collapse.py; else by
+# experiments/tasks.py, with what a tiny policy needs by experiments/LOG.md.
 ANSWERS = dict(
-    steps=400, problems_per_step=16, num_sketches=16,
-    sketch_context="distill", advantage_scale="none", repeats="zero", rarity=0.5,
+    steps=400, problems_per_step=16, num_sketches=16, num_direct=0,
+    sketch_context="distill", distill_coef=0.3, advantage_scale="none", repeats="zero", rarity=0.5,
     kl_coef=0.1, kl_coef_end=0.02, learning_rate=3e-4, micro_batch_tokens=16384,
     warm_start_steps=1000, warm_start_lr=3e-3, eval_samples=1000,
 )  # fmt: skip
 TWO_STAGE = dict(
-    steps=200, problems_per_step=8, num_sketches=16,
-    sketch_context="is", advantage_scale="std", repeats="full", rarity=0.0,
+    steps=200, problems_per_step=8, num_sketches=8, num_direct=8,
+    sketch_context="distill", distill_coef=0.1, advantage_scale="std", repeats="full", rarity=0.0,
     kl_coef=0.001, kl_coef_end=None, learning_rate=1e-4, micro_batch_tokens=2048,
     warm_start_steps=1500, warm_start_lr=2e-3, eval_samples=16,
 )  # fmt: skip
@@ -335,6 +335,8 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
+    # all of the group as wished
+    defaults |= dict(num_direct=0) if config.num_sketches else {}
     # the tiny policy, or what a run of it has saved
     defaults |= {} if config.model == "tiny" or notes(config.model).get("tiny") else PRETRAINED
     name = re.sub(r"[^0-9A-Za-z]", "_", config.task)
@@ -407,11 +409,11 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     uneven = c.shard_ranks and ranks % c.shard_ranks
     yield uneven, "shard_ranks", f"must divide the number of ranks, {ranks}"
     varied = grpo and c.sketches != "sequential"
-    yield varied, "sketches", "there is no Stage I to vary with --method grpo"
+    yield varied, "sketches", "--method grpo has no Stage I to vary"
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
-    yield unpaired, "sketches", "takes another problem's: needs two problems, on one rank"
-    unmixed = c.num_direct > 0 and (grpo or not task.two_stage)
-    yield unmixed, "num_direct", "is for --method sesa on a task of two stages"
+    yield unpaired, "sketches", "takes another problem's: needs two, on one rank"
+    unmixed = c.num_direct and not task.two_stage
+    yield unmixed, "num_direct", "is for a task of two stages"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
     across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"

@@ -465,7 +465,7 @@ FLAT = TokenStats(ONES, ONES, None, None)
     "call, message",
     [
         (lambda: rl.group_advantages(torch.zeros(4), torch.zeros(4).bool(), "mean"), "scale is 'mean'.*std, none, loo"),
-        (lambda: rl.group_advantages(torch.zeros(4), torch.zeros(3).bool()), r"\[4\].*\[3\].*same shape"),
+        (lambda: rl.group_advantages(torch.zeros(4), torch.zeros(3).bool()), r"\[4\].*\[3\].*one shape"),
         (lambda: rl.group_advantages(torch.zeros(2, 1), torch.zeros(2, 1).bool()), "1 reward .*2 or more"),
         (lambda: rl.group_advantages(torch.zeros(4), torch.zeros(4).bool(), "passk"), "k is 8.*1 <= k <= 4"),
         (lambda: rl.chain_advantages(torch.zeros(2, 3), "mean"), "baseline is 'mean'.*chain, position, batch"),

@@ -168,7 +168,14 @@ def test_defaults_follow_what_is_given():
     chains, grpo = train.resolve(Config(), task), train.resolve(Config(method="grpo"), task)
     assert (chains.sketch_context, chains.distill_coef, chains.repeats, chains.rarity) == ("distill", 0.3, "zero", 0.5)
     assert (grpo.repeats, grpo.rarity, grpo.advantage_scale) == ("full", 0.0, "std")
-    assert train.resolve(Config(task="countdown"), tasks.make_task("countdown")).sketch_context == "is"
+    countdown = tasks.make_task("countdown")
+    mixed, grpo, sketched = (
+        train.resolve(Config(task="countdown", **changes), countdown)
+        for changes in ({}, dict(method="grpo"), dict(num_sketches=16))
+    )
+    assert (mixed.sketch_context, mixed.distill_coef) == ("distill", 0.1)
+    assert (mixed.num_direct, mixed.num_sketches, sketched.num_direct, sketched.num_sketches) == (8, 8, 0, 16)
+    assert mixed.group_size == grpo.group_size == sketched.group_size == 16
 
 
 @pytest.fixture
@@ -385,6 +392,8 @@ def textbook(model, before, reference, groups, config: Config, longest: int) -> 
         sequences = [(t, row) for t in trajectories for row in contexts(t, context)]
         if context == "plain" and config.sketch_context in ("imitate", "distill"):  # what was sampled there stays whole
             direct = config.sketch_context == "imitate" and config.num_direct
+            if config.sketch_context == "distill":  # and is not trained again
+                sequences = [(t, row) for t, row in sequences if t.prompt != t.plain or len(t.outcomes) > 1]
             sequences = [(t, row) for t, row in sequences if row[-1][0] > 0 or direct and t.prompt == t.plain]
         sequences = [row for _, row in sequences]
         for prompt, body, spans, logps, advantages in sequences:
@@ -422,6 +431,7 @@ def textbook(model, before, reference, groups, config: Config, longest: int) -> 
         ("talk", dict(sketch_context="is", loss_type="dr_grpo", kl_type="k2", is_cap=1.1)),
         ("talk", dict(sketch_context="distill", loss_type="grpo", kl_type="k1", temperature=1.4, distill_coef=0.3)),
         ("talk", dict(sketch_context="imitate", loss_type="grpo", num_direct=2)),
+        ("talk", dict(loss_type="dapo", num_direct=3)),  # the default: distill 0.1
         ("talk", dict(sketch_context="keep", loss_type="dapo", num_direct=2, explore="stuck")),
         ("letters", dict(sketch_context="imitate", loss_type="dr_grpo")),
         ("talk", dict(sketch_context="drop", method="grpo")),
@@ -735,14 +745,14 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--top_p 0.9", "--top_p 0.9: the loss trains the whole distribution"),
         ("--top_p 0", "--top_p 0.0: must be above 0"),
         ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99, --pass_k_end 99: at most"),
-        ("--task countdown --explore stuck", "--explore stuck: needs --num_direct 1 or more"),
-        ("--num_direct 2", "--num_direct 2: is for --method sesa on a task of two stages"),
+        ("--task countdown --num_sketches 4 --explore stuck", "--explore stuck: needs --num_direct 1 or more"),
+        ("--num_direct 2", "--num_direct 2: is for a task of two stages"),
         ("--distill_coef 0", "--distill_coef 0.0: must be above 0"),
         ("--advantage_scale loo", "--advantage_scale loo"),
         ("--eval_k 100 --eval_samples 20", "--eval_k"),
         ("--eval_k 0 4", "--eval_k"),
         ("--task countdown --sketches placebo --problems_per_step 1", "--sketches placebo"),
-        ("--task countdown --method grpo --sketches placebo", "--sketches placebo: there is no Stage I to vary"),
+        ("--task countdown --method grpo --sketches placebo", "--sketches placebo: --method grpo has no Stage I to vary"),
         ("--cache_gb inf", "--cache_gb inf: must be above 0"),
         ("--task jsonl:long.jsonl", "the model has 2048 positions: shorten it, or lower --num_sketches"),
         ("--prompts nowhere.json", "--prompts nowhere.json"),
@@ -900,7 +910,7 @@ def test_a_look_writes_nothing(words, tmp_path, monkeypatch, capsys):
     if "dry_run" in words:
         shown = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split(maxsplit=1)) == 2)
         countdown = "countdown" in words
-        assert shown["problems_per_step"] == ("8" if countdown else "16") and shown["num_sketches"] == "16"
+        assert shown["problems_per_step"] == ("8" if countdown else "16") and shown["num_sketches"] == shown["problems_per_step"]
         assert {"output_dir", "steps", "learning_rate", "kl_coef"} <= shown.keys() and "None" not in shown["steps"]
     else:
         assert out.count("Outcome(reward=") == 4 and "--- prompt 'sketch'" in out
