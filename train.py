@@ -335,7 +335,7 @@ def resolve(config: Config, task: tasks.Task) -> Config:
     """The config with every None that has a derived value filled in, checked."""
     defaults = dict(TWO_STAGE if task.two_stage else ANSWERS)
     defaults |= GRPO if config.method == "grpo" else {}
-    # all of the group as wished
+    # who says how many sketches gets nothing beside them
     defaults |= dict(num_direct=0) if config.num_sketches else {}
     # the tiny policy, or what a run of it has saved
     defaults |= {} if config.model == "tiny" or notes(config.model).get("tiny") else PRETRAINED
