@@ -102,9 +102,9 @@ class Chat:
 
     def __init__(self, tokenizer, stop_ids: Sequence[int]):
         self.tokenizer, self.stop_ids = tokenizer, list(stop_ids)
-        self.following = lru_cache(1_000)(self._following)
+        self.encode, self.following = map(lru_cache(10_000), (self._encode, self._following))
 
-    def encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     def decode(self, ids: Sequence[int]) -> str:

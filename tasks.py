@@ -282,6 +282,8 @@ class Synthetic(Task):
         self.children = defaultdict(dict)
         for path, depth in product(paths, range(3)):
             self.children[path[:depth]][path[: depth + 1]] = None
+        # of the child of rank r, from 1
+        self.prior = [rank**-self.skew for rank in range(1, 1 + len(paths))]
 
     def score(self, data, text):
         path = tuple(re.split(r"[\s/>-]+", text.strip())) if len(text) <= MAX_ANSWER else ()
@@ -298,8 +300,8 @@ class Synthetic(Task):
             node = ()
             for _ in range(3):
                 below = list(self.children[node])
-                weights = [rank**-self.skew * self.fade ** visits[child] for rank, child in enumerate(below, 1)]
-                [node] = rng.choices(below, weights)
+                fades = [self.fade ** visits.get(child, 0) for child in below]
+                [node] = rng.choices(below, list(map(mul, self.prior, fades)))
             if not visits[node]:
                 visits.update(node[:depth] for depth in (1, 2, 3))
                 chain.append(" ".join(node))

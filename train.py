@@ -392,11 +392,11 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     c, size, ranks = config, group_answers(config), environ("WORLD_SIZE", 1)
     grpo, chains, single = c.method == "grpo", chain_credit(c, task), c.problems_per_step < 2
     group = "group_size" if grpo else "num_sketches num_solutions num_direct"
-    yield size < 2, group, f"the group is {size}: a group of one has nothing to be compared with"
+    yield size < 2, group, f"a group of {size} has nothing to be compared with"
     yield c.minibatches > c.problems_per_step, "minibatches", "at most --problems_per_step"
     alone = chains and c.baseline == "position" and single
-    yield alone, "problems_per_step", "--baseline position compares chains; make it 2 or more"
-    yield not 0 < c.top_p <= 1, "top_p", "must be above 0 and at most 1"
+    yield alone, "problems_per_step", "--baseline position compares chains: 2 or more"
+    yield not 0 < c.top_p <= 1, "top_p", "must be above 0, at most 1"
     whole = "the loss trains the whole distribution; needs --eval_only"
     yield c.top_p < 1 and not c.eval_only, "top_p", whole
     beyond = c.advantage_scale == "passk" and max(c.pass_k, c.pass_k_end) > size
@@ -405,20 +405,20 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield unscaled, "advantage_scale", "guesses in a chain take none or std"
     most_k = min(c.eval_samples, size) if task.two_stage else c.eval_samples
     unseen = not 1 <= min(c.eval_k, default=0) <= most_k
-    yield unseen, "eval_k", f"the least must be from 1 to {most_k}, the samples of a problem"
+    yield unseen, "eval_k", f"the least must be 1 to {most_k}, a problem's samples"
     uneven = c.shard_ranks and ranks % c.shard_ranks
-    yield uneven, "shard_ranks", f"must divide the number of ranks, {ranks}"
+    yield uneven, "shard_ranks", f"must divide the {ranks} ranks"
     varied = grpo and c.sketches != "sequential"
     yield varied, "sketches", "--method grpo has no Stage I to vary"
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
-    yield unpaired, "sketches", "takes another problem's: needs two, on one rank"
+    yield unpaired, "sketches", "takes another problem's: two, on one rank"
     unmixed = c.num_direct and not task.two_stage
-    yield unmixed, "num_direct", "is for a task of two stages"
+    yield unmixed, "num_direct", "is for tasks of two stages"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
     across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
-    yield missing, "report_to", f"the package is not installed; pip install {c.report_to}"
+    yield missing, "report_to", f"first pip install {c.report_to}"
     untrained = c.eval_only or not c.steps
     yield untrained and c.push_to_hub, "push_to_hub", "nothing is trained; needs --steps above 0"
     yield untrained and not c.eval_first, "eval_first", "nothing is evaluated; needs --steps above 0"
@@ -622,8 +622,7 @@ def demonstration_rows(policy: Policy, task: tasks.Task, n: int, seed: int) -> I
 def demonstrate(config: Config, policy: Policy, task: tasks.Task, device: torch.device) -> None:
     """Maximum likelihood on the task's demonstrations: the update of a step, with advantage 1 for all of them."""
     model, ranks = policy.model.to(device), Ranks(0, 1, device)
-    options = dict(betas=(0.9, 0.95), weight_decay=0.01)
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     steps, batch = config.warm_start_steps, config.warm_start_batch
     rows = demonstration_rows(policy, task, steps * batch, seed=1)
     learn = Config(sketch_context="keep", loss_type="dapo", micro_batch_tokens=config.micro_batch_tokens)

@@ -37,7 +37,8 @@ def train(folder: Path, flags: Sequence[str]) -> dict:
 def read(folder: Path) -> dict:
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [(0, summary["base_evaluation"])] + [(row["step"], row["eval"]) for row in rows if "eval" in row]
+    first = [(0, summary["base_evaluation"])] if summary["base_evaluation"] else []
+    evaluated = first + [(row["step"], row["eval"]) for row in rows if "eval" in row]
     kept = "steps seconds generated_tokens unique_found peak_rss_mb floor ceiling versions".split()
     mean = statistics.fmean
     stage_1 = dict(sketch_tokens=sum(row["sketch_tokens"] for row in rows))

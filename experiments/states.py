@@ -59,13 +59,14 @@ class States(Task):
 
 
 BOTH = "--method grpo --repeats zero --rarity 0.5 --advantage_scale none"
-LONG = "--num_sketches 16 --steps 30 --eval_every 15 --checkpoint_every 15"
+LONG = """--num_sketches 16 --steps 50 --lr_schedule linear --checkpoint_every 25 --eval_every 50 --eval_samples 320
+    --no_eval_first"""
 ARMS = {
     "base": {
         "grpo": ("--method grpo", "GRPO"),
         "grpo-both": (BOTH, "GRPO, both of SESA's rewards, not divided"),
         "sesa": ("--sketch_context keep", "SESA, `keep`"),
-        "sesa-16": (f"--sketch_context keep {LONG}", "SESA, `keep`, chains of 16, 30 steps of 64 guesses"),
+        "sesa-16": (f"--sketch_context keep {LONG}", "SESA, `keep`, chains of 16, 50 steps of 64 guesses"),
         "sesa-distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
     },
     "recover": {
@@ -114,10 +115,8 @@ def table(rows: dict) -> str:
             mine = [row for (*cell, _), row in sorted(rows.items()) if cell == [stage, arm] and "curve" in row]
             if mine and arm in ("grpo", "distill"):
                 before = "before training" if stage == "base" else "GRPO's policy after 20 steps"
-                start = [row for (s, _, _), row in sorted(rows.items()) if s == stage and "curve" in row]
-                start = list({row["seed"]: row for row in start}.values())
                 if title != "GRPO" or stage == "base":
-                    lines.append([before, *cells([row["curve"][0] for row in start]), "-", "-", "-"])
+                    lines.append([before, *cells([row["curve"][0] for row in mine]), "-", "-", "-"])
             if mine:
                 cost = [f"{statistics.fmean(r[name] for r in mine):,.0f}" for name in ("generated_tokens", "seconds")]
                 points = cells([row["curve"][-1] for row in mine])

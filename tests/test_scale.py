@@ -190,7 +190,7 @@ def test_what_a_rank_holds_falls_with_their_number(ranks, alone, request):
 
 def test_ranks_that_do_not_divide_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(train.UserError, match="--shard_ranks 3: must divide the number of ranks, 4"):
+    with pytest.raises(train.UserError, match="--shard_ranks 3: must divide the 4 ranks"):
         train.resolve(Config(shard_ranks=3), train.tasks.make_task("synthetic"))
 
 
