@@ -277,7 +277,7 @@ import rl
 import sesa
 import tasks
 from rl import TrainingSequence as Row
-from sampler import Sampler, SamplingParams, output_scaling
+from sampler import Sampler, SamplingParams, Stats, output_scaling
 
 DATA = Path(__file__).parent / "data"
 # What None stands for. Where sketches are the answers, measured by experiments/collapse.py; else by
@@ -421,7 +421,7 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield missing, "report_to", f"first pip install {c.report_to}"
     untrained = c.eval_only or not c.steps
     yield untrained and c.push_to_hub, "push_to_hub", "nothing is trained; needs --steps above 0"
-    yield untrained and not c.eval_first, "eval_first", "nothing is evaluated; needs --steps above 0"
+    yield untrained and not c.eval_first, "eval_first", "nothing is evaluated; needs --steps"
 
 
 def chain_credit(config: Config, task: tasks.Task) -> bool:
@@ -495,7 +495,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     path = Path(name)
     with told(f"--model {name} cannot be loaded", "give tiny, a hub id, a folder or a .gguf file"):
         if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix == ".gguf"):
-            raise FileNotFoundError("there is no such file or folder")
+            raise FileNotFoundError("no such file or folder")
         model, tokenizer = load_pretrained(path, weights)
     default = vars(default_prompts(task, tiny=False))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
@@ -507,7 +507,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the loss does not compute")
     if not policy.stop_ids:
-        raise UserError(f"--model {name}: its tokenizer names no end-of-sequence token; set one")
+        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
     return policy
 
 
@@ -687,8 +687,8 @@ class Run:
                 lost = row["skipped_updates"]
                 skipped = skipped + lost if lost == config.minibatches else 0
                 if skipped >= 5:
-                    line = f"{skipped} updates in a row had no finite loss and gradient"
-                    remedy = f"from a checkpoint in {folder.path} go on with a lower --learning_rate"
+                    line = f"{skipped} updates in a row were not finite"
+                    remedy = f"go on from {folder.path} with a lower --learning_rate"
                     raise UserError(f"step {state['step']}: {line}; {remedy}")
                 sampled = 2 if last or due(step, config.sample_every) else 0
                 records = [sesa.sample_record(step + 1, g) for g in groups[:sampled]]
@@ -720,8 +720,7 @@ class Run:
         rows = []
         for (place, _), group in zip(mine, groups, strict=True):
             sesa.assign(group, rewards[place], advantages[place])
-            parts = sesa.sequences(group, c.sketch_context, c.distill_coef)
-            rows += [(place, row) for row in parts]
+            rows += [(place, row) for row in sesa.sequences(group, c.sketch_context, c.distill_coef)]
 
         rate = rl.learning_rate(step, c.steps, c.warmup_steps, c.learning_rate, c.lr_schedule)
         self.optimizer.param_groups[0]["lr"] = rate
@@ -780,7 +779,7 @@ class Run:
         result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
         result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
         result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
-        versions = {library.__name__: library.__version__ for library in (torch, transformers)}
+        versions = {m.__name__: m.__version__ for m in (torch, transformers)}
         return result | dict(versions=versions | dict(python=sys.version.split()[0]))
 
 
@@ -983,17 +982,19 @@ def evaluate(run: Run) -> dict:
     found = {}
     for kind, changes in dict(iid=alone, sequential=chain).items():
         plan = plan_of(c, run.limits, c.eval_temperature, **changes)
-        size, together = plan.group_size, 1 if kind == "iid" else plan.group_size
+        size = plan.group_size
         rounds = 1 if task.two_stage else math.ceil(n / size)
         mine = run.ranks.share([p for p in problems for _ in range(rounds)])
-        with patience(f"evaluation, {kind}: {len(mine) * size:,} answers"):
+        answers, stats = len(mine) * size, run.explorer.sampler.stats
+        most = answers * longest_answer(run.limits, task)
+        with patience(f"evaluation, {kind}: {answers:,} answers", stats, most):
             groups = run.explorer.rollout(mine, plan, (c.seed, "evaluation", kind))
         outcomes = run.ranks.gather([g.outcomes() for g in groups])
         # the rounds of a problem are one list of guesses
         if not task.two_stage:
             starts = range(0, len(outcomes), rounds)
             outcomes = [sum(outcomes[i : i + rounds], [])[:n] for i in starts]
-        found[kind] = sesa.evaluation_metrics(outcomes, c.eval_k, task.targets, together)
+        found[kind] = sesa.evaluation_metrics(outcomes, c.eval_k, task.targets, 1 if kind == "iid" else size)
     found["sequential"]["transfer_gap"] = found["sequential"]["reward"] - found["iid"]["reward"]
     return found
 
@@ -1062,7 +1063,7 @@ class RunFolder:
         steps, auto, path = self.checkpoints(), self.config.resume_auto, self.path
         if not self.config.resume and not (auto and self.file.exists()):
             if path.is_file() or path.exists() and any(path.iterdir()):
-                raise self.error("exists and is not empty: use --resume, or another folder")
+                raise self.error("is not empty: use --resume, or another folder")
             return None
         if not steps and not auto:
             raise self.error("holds no checkpoint: start without --resume")
@@ -1071,11 +1072,9 @@ class RunFolder:
             # nothing, where it ended before it began
             saved = json.loads(self.held.read() or "{}")
         state = position(self.checkpoint(steps[-1])) if steps else None
-        bound = {name: old for name, old in saved.items() if name not in self.FREE}
-        pairs = [(name, old, self.flags.get(name, old)) for name, old in bound.items()]
-        changes = [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if new != old]
-        if changes:
-            remedy = "use the same flags, or another --output_dir"
+        now = saved | {n: v for n, v in self.flags.items() if n in saved and n not in self.FREE}
+        if changes := [f"{n} {old!r} -> {now[n]!r}" for n, old in saved.items() if now[n] != old]:
+            remedy = "use its flags, or another --output_dir"
             raise UserError(f"{self.path} is from another config ({', '.join(changes)}): {remedy}")
         return state
 
@@ -1157,7 +1156,7 @@ class Ranks:
         rank, size, local = environ("RANK"), environ("WORLD_SIZE", 1), torch.device("cpu")
         cuda = torch.cuda.is_available() if device is None else device == "cuda"
         if cuda and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+            raise UserError("--device cuda: none is visible; use --device cpu")
         if cuda:
             local = torch.device("cuda", environ("LOCAL_RANK"))
             torch.cuda.set_device(local)
@@ -1301,8 +1300,7 @@ def draw(groups: dict[str, list[list[dict]]], path: Path) -> str:
     axes = figure.subplots(3, 3)
     evaluations = [row["eval"] for runs in groups.values() for rows in runs for row in rows if row.get("eval")]
     title = right_answers(evaluations[-1]["iid"])[0] if evaluations else "no evaluation yet"
-    ways = dict(sequential="-", iid="--")
-    panels = [(title, ways, across) for across in ("step", "tokens", "seconds")]
+    panels = [(title, dict(sequential="-", iid="--"), across) for across in ("step", "tokens", "seconds")]
     for name in ("reward", "unique_success", "duplicate_rate", "entropy", "kl", "grad_norm"):
         panels.append((name, {name: "-"}, "step"))
     for axis, (name, columns, across) in zip(axes.flat, panels, strict=True):
@@ -1341,7 +1339,7 @@ class Question(tasks.Task):
 
     def __post_init__(self):
         if not self.only_problem.strip():
-            raise ValueError("--ask: the question is empty; give a text, or - to read it from stdin")
+            raise ValueError("--ask: the question is empty; give a text, or - for stdin")
         self.prompts = "solutions" if self.two_stage else "question"
 
     def score(self, data, text: str) -> tasks.Outcome:
@@ -1452,8 +1450,7 @@ def compare(config: Config) -> None:
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
     flags = [json.loads(key) for key in groups]
     differ = [name for name in flags[0] if any(f.get(name) != flags[0][name] for f in flags)]
-    shown = differ or ["task", "method"]
-    labels = [" ".join(f"{name}={f.get(name)}" for name in shown) for f in flags]
+    labels = [" ".join(f"{name}={f.get(name)}" for name in differ or ["task", "method"]) for f in flags]
     groups = dict(zip(labels, groups.values(), strict=True))
     title = draw(groups, path)
     names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
@@ -1540,9 +1537,16 @@ def push(name: str, folder: RunFolder, best: int) -> None:
 
 
 @contextmanager
-def patience(doing: str) -> Iterator[None]:
-    """Says what is being waited for, where that takes over two seconds."""
-    timer = threading.Timer(2.0, tqdm.write, [f"{doing} ..."], dict(file=sys.stderr))
+def patience(doing: str, stats: Stats | None = None, tokens: int = 0) -> Iterator[None]:
+    """Says what is being waited for, where that takes over two seconds; and for how long, if it is so many tokens."""
+    stats = stats or Stats()
+    began = stats.generated_tokens
+
+    def tell():
+        drawn = stats.generated_tokens - began
+        tqdm.write(doing + (f", at most {2 * tokens / drawn:.0f} s" if drawn else "") + " ...", file=sys.stderr)
+
+    timer = threading.Timer(2.0, tell)
     timer.daemon = True
     if environ("RANK") == 0:
         timer.start()
@@ -1573,8 +1577,7 @@ def describe(config: Config, task: tasks.Task) -> None:
         print(f"  {name:24}{value}")
     longest *= c.num_sketches if chains else 1
     parts = memory(policy.model, c, tokens, longest, ranks, on_gpu)
-    pages = os.sysconf("SC_PHYS_PAGES") // environ("LOCAL_WORLD_SIZE", 1)
-    there = os.sysconf("SC_PAGE_SIZE") * pages
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // environ("LOCAL_WORLD_SIZE", 1)
     if on_gpu:
         there = torch.cuda.get_device_properties(0).total_memory
     together = sum(parts.values())

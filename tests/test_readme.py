@@ -15,7 +15,7 @@ import train
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
-MOST_LINES = 3_399  # a ratchet: the design allows 3,400
+MOST_LINES = 3_400  # a ratchet: the design allows 3,400
 MODULES = ("sesa", "train", "rl", "sampler", "kernels", "tasks")
 
 

@@ -219,7 +219,12 @@ def test_what_takes_long_says_so_and_what_does_not_is_silent(monkeypatch, capsys
         pass
     with train.patience("something long"):
         time.sleep(0.3)
-    assert capsys.readouterr().err.splitlines() == ["something long ..."]
+    # at 100 tokens in two seconds
+    stats = train.Stats(generated_tokens=7)
+    with train.patience("answers", stats, 1000):
+        stats.generated_tokens += 100
+        time.sleep(0.3)
+    assert capsys.readouterr().err.splitlines() == ["something long ...", "answers, at most 20 s ..."]
 
 
 def test_guesses_at_several_problems_are_evaluated_problem_by_problem(toys, tmp_path):
@@ -725,10 +730,10 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task_options treasures=null", "treasures='null': must be int"),
         ("--task_options treasures=-1", "treasures -1: must be between"),
         ("--task countdown --task_options difficulty=[1]", "difficulty"),
-        ("--model ./nowhere", "--model ./nowhere cannot be loaded (there is no such file or folder): give tiny, a hub id"),
+        ("--model ./nowhere", "--model ./nowhere cannot be loaded (no such file or folder): give tiny, a hub id"),
         ("--model nobody/no-such-model", "--model nobody/no-such-model cannot be loaded ("),
         ("--model empty", "--model empty cannot be loaded ("),
-        ("--reference ./nowhere", "./nowhere cannot be loaded (there is no such file or folder)"),
+        ("--reference ./nowhere", "./nowhere cannot be loaded (no such file or folder)"),
         ("--num_sketches 1", "a group of 1 has nothing to be compared with"),
         ("--method grpo --group_size 1", "a group of 1 has nothing to be compared with"),
         ("--num_sketches -4", "--num_sketches -4: must be above 0"),
@@ -759,7 +764,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--prompts broken.jsonl", "--prompts broken.jsonl"),
         ("--prompts prompts.json", "and `solve` hold {sketch} once"),
         ("--prompts list.json", "--prompts list.json"),
-        ("--output_dir full", "--output_dir full exists and is not empty: use --resume, or another folder"),
+        ("--output_dir full", "--output_dir full is not empty: use --resume, or another folder"),
         ("--output_dir list.json", "--output_dir list.json"),
         ("--output_dir list.json/below", "--output_dir list.json/below"),
         ("--resume --output_dir full", "full holds no checkpoint"),
@@ -796,7 +801,7 @@ def test_a_flag_that_does_not_exist_is_refused(words, tmp_path, monkeypatch, cap
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     assert command("--device", "cuda", cwd=tmp_path, monkeypatch=monkeypatch) == 2
-    assert "--device cuda: no CUDA device is visible" in capsys.readouterr().err
+    assert "--device cuda: none is visible" in capsys.readouterr().err
 
 
 def cut(path: Path) -> None:
