@@ -1,7 +1,7 @@
 """The reinforcement learning of SESA: advantages, losses, KL estimators and the metrics of an update.
 
 Pure functions of tensors: nothing here knows a text, a task, a model, a file or a process group, and nothing
-changes its inputs.
+changes its inputs, but for `set_token_weights`.
 
 Legend: P problems, G answers in a group, C chains, K guesses in a chain, S sequences, N tokens.
 
@@ -268,7 +268,8 @@ def set_token_weights(
 ) -> None:
     """Set row.token_weights for one optimiser step. `count` adds up a dict of numbers over all ranks.
 
-    Every answer weighs the same, in whichever context and in however long a row it is trained: the denominators count
+    Every answer weighs the same, in whichever context it is trained (with "grpo" a guess in a chain by its share of the
+    chain's tokens: the same where guesses are of one length): the denominators count
     the answers of the step and their tokens once, also of answers that are not trained (weight 0). A chain of K guesses
     is one row and K answers; what "distill" trains for a second time is divided by the same denominators.
 

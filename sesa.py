@@ -413,7 +413,7 @@ class Explorer:
         for problem in islice(problems, 100 if len(problems) > 20_000 else None):
             start, tokenizer = f"problem {problem.text[:40]!r}", self.chat.tokenizer
             if tokenizer.unk_token_id in self.chat.encode(problem.text):
-                raise ValueError(f"{start} has words that the model has no tokens for: use another --model")
+                raise ValueError(f"{start} has words unknown to the model: use another --model")
             if (need := self.longest(problem, plan)) > self.sampler.max_positions:
                 room = f"{need} tokens, the model has {self.sampler.max_positions} positions"
                 raise ValueError(f"{start} takes up to {room}: shorten it, or lower --num_sketches or --max_*_tokens")
@@ -422,7 +422,7 @@ class Explorer:
         """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
         Observations are counted as if they were as long as the problem."""
         sketch, again = plan.sketch_params.max_new_tokens, self.chat.following(self.text(self.prompts.next))
-        chain = len(self.prompt("sketch", problem)) + plan.num_sketches * (sketch + len(again))
+        chain = len(self.prompt("sketch", problem)) + (plan.num_sketches + plan.num_direct) * (sketch + 1 + len(again))
         if not self.task.two_stage:
             return chain
         observed = self.chat.following(self.text(self.prompts.turn, observation=problem.text))
@@ -530,7 +530,7 @@ def sequences(group: Group, context: str, distill_coef: float = 1.0) -> list[rl.
         wins = [replace(row, weight=float(row.advantages[0] > 0)) for row in dropped]
         again = [replace(row, weight=distill_coef * row.weight, again=True) for row in wins]
         trained = {"keep": [kept], "drop": dropped, "is": dropped, "imitate": wins, "distill": [kept, *again]}
-        # What was sampled without a context is trained once, win or loss.
+        # A trajectory that was sampled without a context is trained once, win or loss.
         rows += [kept] if dropped == [kept] else trained[context]
     return rows
 

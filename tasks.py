@@ -1052,7 +1052,7 @@ def serve_judge():
 TASKS = {task.name: task for task in (Synthetic, Countdown, Sokoban, FrozenLake, Sudoku, Records)}
 
 
-def make_task(name: str, **options) -> Task:
+def make_task(name: str, /, **options) -> Task:
     """A task by name: one of TASKS, jsonl:<path>, gym:<data set> or path/to/file.py:ClassName. ValueError lists the
     names for an unknown name, and the options for an unknown option.
 
@@ -1084,7 +1084,7 @@ def load_class(path: str, name: str) -> type:
         spec.loader.exec_module(module)
         if hasattr(module, name):
             return getattr(module, name)
-    raise ValueError(f"task {path}:{name}: there is no such file or no such class in it")
+    raise ValueError(f"task {path}:{name}: no such file or no such class in it")
 
 
 def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:

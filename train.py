@@ -141,7 +141,7 @@ class LossFlags:
     kl_coef: float | None = None
     """weight of KL(policy || reference)"""
     kl_coef_end: float | None = None
-    """what kl_coef falls to, linearly over the first 70 % of the steps; kl_coef if not given"""
+    """what kl_coef falls to, linearly over the first 70 % of the steps; kl_coef if that was given"""
     kl_type: Literal["exact", "k1", "k2", "k3"] = "exact"
     """sum over the vocabulary, or an estimate from the sampled token (rl.kl_estimate says what each is worth)"""
     entropy_coef: float = 0.0
@@ -187,7 +187,7 @@ class EvaluationFlags:
     eval_problems: int = 128
     """validation problems (one, where the task is one problem)"""
     eval_samples: int | None = None
-    """samples per validation problem; 1,000 where the task is one problem"""
+    """samples per validation problem; 1,000 where the sketches are the answers"""
     eval_k: tuple[int, ...] = (1, 2, 4, 8, 16, 20, 100, 320, 1000)
     """k of pass@k and Coverage@k"""
     eval_temperature: float = 1.0
@@ -209,7 +209,7 @@ class RunFlags:
     show: int = 0
     """print so many problems with prompts, demonstrations and outcomes, and exit"""
     checkpoint_every: int = 50
-    """steps between checkpoints; one is written at the end, and on Ctrl-C or SIGTERM, in any case"""
+    """steps between checkpoints; one is written at the end, and after the step of a Ctrl-C or SIGTERM, in any case"""
     keep_checkpoints: int = 2
     """how many of the last checkpoints to keep, beside the best"""
     sample_every: int = 10
@@ -239,7 +239,7 @@ class Config(
     LookFlags, RunFlags, EvaluationFlags, OptimisationFlags, LossFlags, SamplingFlags, MethodFlags, PolicyFlags,
     TaskFlags,
 ):
-    """Every flag. One left at None takes the value measured best for its kind of task and policy: see ANSWERS below."""
+    """Every flag. One left at None takes a value for its kind of task and policy: see ANSWERS below."""
 
 
 def command_line(
@@ -248,7 +248,7 @@ def command_line(
 ) -> Config:  # fmt: skip
     """Reinforcement learning with sequential-sampling exploration (SESA) or GRPO.
 
-    A flag left at None takes the value that was measured best for its kind of task and policy; --dry_run shows it.
+    A flag left at None takes a value for its kind of task and policy, measured on the tiny one; --dry_run shows it.
     """
     groups = (task, policy, method, sampling, loss, optimisation, evaluation, run, look)
     return Config(**{name: value for group in groups for name, value in vars(group).items()})
@@ -291,12 +291,12 @@ ANSWERS = dict(
 TWO_STAGE = dict(
     steps=200, problems_per_step=8, num_sketches=8, num_direct=8,
     sketch_context="distill", distill_coef=0.1, advantage_scale="std", repeats="full", rarity=0.0,
-    kl_coef=0.001, kl_coef_end=None, learning_rate=1e-4, micro_batch_tokens=2048,
+    kl_coef=0.05, learning_rate=3e-4, micro_batch_tokens=2048,
     warm_start_steps=1500, warm_start_lr=2e-3, eval_samples=16,
 )  # fmt: skip
-GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0, learning_rate=3e-4)
-# Its micro_batch_tokens are `fitting_tokens`.
-PRETRAINED = dict(learning_rate=1e-6, micro_batch_tokens=None)
+GRPO = dict(advantage_scale="std", repeats="full", rarity=0.0)
+# As is usual, not measured here. Its micro_batch_tokens are `fitting_tokens`.
+PRETRAINED = dict(learning_rate=1e-6, kl_coef=0.001, kl_coef_end=None, micro_batch_tokens=None)
 
 
 class UserError(ValueError):
@@ -309,7 +309,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(line_of(error, False)) from error
 
 
 @contextmanager
@@ -412,8 +412,8 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield varied, "sketches", "--method grpo has no Stage I to vary"
     unpaired = c.sketches == "placebo" and (single or ranks > 1)
     yield unpaired, "sketches", "takes another problem's: two, on one rank"
-    unmixed = c.num_direct and not task.two_stage
-    yield unmixed, "num_direct", "is for tasks of two stages"
+    beside = (c.num_direct or c.num_solutions > 1) and not task.two_stage
+    yield beside, "num_direct num_solutions", "needs two stages"
     yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
     across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
@@ -505,7 +505,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     ours["prompts"] = load_prompts(prompts, sesa.Prompts(**texts))
     policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError(f"--model {name}: its output head has a bias, which the loss does not compute")
+        raise UserError(f"--model {name}: its output head has a bias, which the loss lacks")
     if not policy.stop_ids:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
     return policy
@@ -676,27 +676,26 @@ class Run:
             for step in progress:
                 groups, row = self.step(step)
                 self.remember(state, groups, row)
-                last = state["step"] == config.steps or asked_to_stop()
-                if last or due(state["step"], config.eval_every):
+                last = step + 1 == config.steps or asked_to_stop()
+                if step + 1 == config.steps or due(step + 1, config.eval_every):
                     row["eval"] = state["last"] = evaluate(self)
                     found = sesa.headline(state["last"])
                     if found > state["best"]:
-                        state |= dict(best=found, best_step=state["step"])
+                        state |= dict(best=found, best_step=step + 1)
                 state["seconds"] = time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
                 lost = row["skipped_updates"]
                 skipped = skipped + lost if lost == config.minibatches else 0
                 if skipped >= 5:
-                    line = f"{skipped} updates in a row were not finite"
-                    remedy = f"go on from {folder.path} with a lower --learning_rate"
-                    raise UserError(f"step {state['step']}: {line}; {remedy}")
+                    rule = f"{skipped} updates in a row were not finite; lower --learning_rate"
+                    raise UserError(f"step {step + 1}: {rule}")
                 sampled = 2 if last or due(step, config.sample_every) else 0
                 records = [sesa.sample_record(step + 1, g) for g in groups[:sampled]]
                 folder.append("samples.jsonl", *records)
                 if records and not progress.disable:
                     tqdm.write(in_colour(records[0]), file=sys.stderr)
                 log(row, records)
-                if last or due(state["step"], config.checkpoint_every):
+                if last or due(step + 1, config.checkpoint_every):
                     folder.save(self, state)
                 shown = ("reward", "entropy", "unique_found")
                 progress.set_postfix({name: row[name] or 0.0 for name in shown})
@@ -777,7 +776,7 @@ class Run:
         result = dict(task=c.task, method=c.method, seed=c.seed, steps=state["step"])
         result |= dict(seconds=round(state["seconds"], 1), peak_rss_mb=round(memory))
         result |= dict(generated_tokens=state["generated_tokens"], unique_found=len(state["found"]))
-        result |= sesa.measures(last) | dict(floor=task.floor(), ceiling=task.ceiling())
+        result |= (sesa.measures(last) if last else {}) | dict(floor=task.floor(), ceiling=task.ceiling())
         result |= dict(base=base and sesa.measures(base), evaluation=last, base_evaluation=base)
         versions = {m.__name__: m.__version__ for m in (torch, transformers)}
         return result | dict(versions=versions | dict(python=sys.version.split()[0]))
@@ -845,7 +844,8 @@ def update(
     Minibatch b holds the problems whose place is b modulo `minibatches`. The denominators are counted over all ranks
     once per minibatch; micro-batches only add up.
     """
-    policy.train()
+    # no dropout: the distribution that was sampled from is trained; without that mode nothing is recomputed
+    policy.train(config.gradient_checkpointing)
     if config.minibatches > 1 or config.sketch_context == "is":
         old_log_probs(policy, [row for _, row in rows], config, ranks)
     parameters = list(policy.parameters())
@@ -1025,8 +1025,8 @@ def write_folder(path: Path, write: Callable[[Path], None], ranks: Ranks, need: 
         raise UserError(f"{path} cannot be written ({problems[0]}): {room}")
     if ranks.rank == 0:
         os.sync()
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        # another run may have been faster: one warm start serves all
+        shutil.rmtree(temporary) if path.exists() else os.replace(temporary, path)
     # no rank goes on before
     ranks.gather([])
 
@@ -1048,7 +1048,7 @@ class RunFolder:
 
     # Flags that may change when a run goes on.
     FREE = """resume resume_auto output_dir steps checkpoint_every keep_checkpoints max_rows cache_gb device shard_ranks
-        micro_batch_tokens report_to push_to_hub""".split()
+        micro_batch_tokens gradient_checkpointing report_to push_to_hub""".split()
 
     def __init__(self, config: Config, ranks: Ranks):
         self.config, self.ranks, self.held = config, ranks, None
@@ -1068,19 +1068,18 @@ class RunFolder:
         if not steps and not auto:
             raise self.error("holds no checkpoint: start without --resume")
         with told(f"{self.file} cannot be read", "use another --output_dir"):
-            self.lock("r")
+            self.lock("rb")
             # nothing, where it ended before it began
             saved = json.loads(self.held.read() or "{}")
         state = position(self.checkpoint(steps[-1])) if steps else None
         now = saved | {n: v for n, v in self.flags.items() if n in saved and n not in self.FREE}
         if changes := [f"{n} {old!r} -> {now[n]!r}" for n, old in saved.items() if now[n] != old]:
-            remedy = "use its flags, or another --output_dir"
-            raise UserError(f"{self.path} is from another config ({', '.join(changes)}): {remedy}")
+            raise self.error(f"is from another config ({', '.join(changes)}): use its flags, or another")
         return state
 
     def lock(self, mode: str) -> None:
         """Held until this process ends, however it does: one run at a time works in a folder."""
-        self.held = open(self.file, mode, encoding="utf-8")
+        self.held = open(self.file, mode)
         try:
             fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -1095,13 +1094,14 @@ class RunFolder:
         with told(f"--output_dir {self.path} cannot be made", "give another"):
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.held:
-                self.lock("x")
+                self.lock("xb")
         if step == 0:
             write_json(self.file, self.flags)
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
             # nor what a crash cut off
-            kept = [row for row in read_rows(file) if row["step"] <= step]
-            file.write_text("".join(map(json_line, kept)), encoding="utf-8")
+            kept = [json_line(row) for row in read_rows(file) if row["step"] <= step]
+            with open(file, "a") as out:
+                out.truncate(len("".join(kept).encode()))
 
     def append(self, name: str, *rows: dict) -> None:
         if self.ranks.rank > 0:
@@ -1154,8 +1154,9 @@ class Ranks:
     @classmethod
     def start(cls, device: str | None) -> Ranks:
         rank, size, local = environ("RANK"), environ("WORLD_SIZE", 1), torch.device("cpu")
-        cuda = torch.cuda.is_available() if device is None else device == "cuda"
-        if cuda and not torch.cuda.is_available():
+        there = torch.cuda.is_available()
+        cuda = there if device is None else device == "cuda"
+        if cuda and not there:
             raise UserError("--device cuda: none is visible; use --device cpu")
         if cuda:
             local = torch.device("cuda", environ("LOCAL_RANK"))
@@ -1435,7 +1436,7 @@ def write_rollouts(folder: Path) -> None:
 
 
 # flags in which runs may differ and be alike
-ASIDE = {"seed", "sample_every", *RunFolder.FREE} - {"steps"}
+ASIDE = {"seed", "sample_every", "eval_first", *RunFolder.FREE} - {"steps"}
 
 
 def compare(config: Config) -> None:
@@ -1538,13 +1539,14 @@ def push(name: str, folder: RunFolder, best: int) -> None:
 
 @contextmanager
 def patience(doing: str, stats: Stats | None = None, tokens: int = 0) -> Iterator[None]:
-    """Says what is being waited for, where that takes over two seconds; and for how long, if it is so many tokens."""
+    """Says what is being waited for, where that takes over two seconds; and about how long, for so many tokens."""
     stats = stats or Stats()
     began = stats.generated_tokens
 
     def tell():
         drawn = stats.generated_tokens - began
-        tqdm.write(doing + (f", at most {2 * tokens / drawn:.0f} s" if drawn else "") + " ...", file=sys.stderr)
+        expected = f", about {2 * tokens / drawn:.0f} s" if drawn else ""
+        tqdm.write(f"{doing}{expected} ...", file=sys.stderr)
 
     timer = threading.Timer(2.0, tell)
     timer.daemon = True
@@ -1588,7 +1590,7 @@ def describe(config: Config, task: tasks.Task) -> None:
         print("  IT DOES NOT FIT: more ranks, --gradient_checkpointing, --cache_gb help")
 
 
-def memory(model: nn.Module, config: Config, tokens: int, longest: int, ranks: int, on_gpu: bool) -> dict[str, float]:
+def memory(model: nn.Module, config: Config, tokens: int, longest: int, ranks: int, on_gpu: bool) -> dict:
     """Bytes that each part takes on each rank; tokens: those written in a step on all ranks, and in the longest row.
 
     Not counted: prompts, the process itself (0.5 GB on a CPU), and the blocks that FSDP has gathered for a moment.
@@ -1679,7 +1681,7 @@ def main(config: Config) -> None:
     # for every load and save
     transformers.utils.logging.disable_progress_bar()
     # one process, as wanted; the new name is not yet in every version that we take
-    warnings.filterwarnings("ignore", "torch.distributed is disabled|`gradient_checkpointing_enable` is deprecated")
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|`gradient_checkpointing_enable`")
     with user_errors():
         if config.ask is not None or config.compare:
             return compare(config) if config.compare else answer(config)

@@ -90,6 +90,7 @@ ARMS = {
         for start, step in (("grpo", 25), ("grpo", 50), ("grpo", 100), ("grpo-no-kl", 400))
         for arm, flags, title in (
             ("distill", DISTILL, "SESA, `distill`"),
+            ("distill-placebo", f"{DISTILL} --sketches placebo", "order control: another chain's history"),
             ("grpo-both", f"{BOTH} --advantage_scale none", "GRPO, both rewards, not divided"),
         )
     },
@@ -101,13 +102,20 @@ def results() -> dict[tuple[str, str, int], dict]:
     return runs.results(RESULTS, CELLS)
 
 
-def run(stage: str, arm: str, seed: int, folder: Path) -> None:
+def trained(stage: str, arm: str, seed: int, folder: Path) -> dict:
     flags, _, start = ARMS[stage][arm]
     command = [*COMMON, "--task_options", f"treasure_seed={seed}", "--seed", str(seed), *flags.split()]
     if start:
         model = folder / f"base-{start[0]}-{seed}" / "checkpoints" / f"step_{start[1]}"
+        if not model.exists():  # its result may be there without it
+            trained("base", start[0], seed, folder)
         command += ["--model", str(model)]
-    row = runs.train(folder / f"{stage}-{arm}-{seed}", command)
+    return runs.train(folder / f"{stage}-{arm}-{seed}", command)
+
+
+def run(stage: str, arm: str, seed: int, folder: Path) -> None:
+    flags, _, start = ARMS[stage][arm]
+    row = trained(stage, arm, seed, folder)
     if "curve" in row:
         row["curve"] = [brief(step, evaluation) for step, evaluation in row["curve"]]
     runs.append(RESULTS, dict(stage=stage, arm=arm, seed=seed, flags=flags, start=start) | row)
@@ -123,7 +131,7 @@ def table(rows: dict) -> str:
     parts = []
     head = ["arm", "in 16, in sequence", "in 16, i.i.d.", "in 320, i.i.d.", "in 320, in sequence"]
     head += ["hits, i.i.d. / in sequence, %", "tokens, k", "seconds"]
-    base = [row for (stage, arm, _), row in sorted(rows.items()) if (stage, arm) == ("base", "sesa")]
+    base = [row for (stage, arm, _), row in sorted(rows.items()) if (stage, arm) == ("base", "sesa") and "curve" in row]
     if base:
         line = cells("the base, before training", [row["curve"][0] for row in base]) + ["-", "-", "-"]
         parts.append(("base", head, [line]))
@@ -170,6 +178,7 @@ def draw(rows: dict) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows = {cell: row for cell, row in rows.items() if "curve" in row}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), layout="constrained")
     draws = [k for k in DRAWS if k <= 40]
     ceiling = [20 * (1 - 0.95**k) for k in draws]

@@ -17,7 +17,7 @@ REPORT = ROOT / "experiments" / "RESULTS.md"
 def train(folder: Path, flags: Sequence[str]) -> dict:
     """Run train.py into `folder`, or finish what is there. Returns its summary with "curve", [(step, evaluation)], or
     {"failed": its last line} if it ended with an error: that is a result too."""
-    if (folder / "summary.json").exists():
+    if finished(folder):
         return read(folder)
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*")) else []
     if not resume:
@@ -27,11 +27,20 @@ def train(folder: Path, flags: Sequence[str]) -> dict:
     log = folder.with_name(folder.name + ".log")
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
-    if done.returncode < 0:
-        raise SystemExit(f"{folder} was killed: start again, it goes on")
-    if done.returncode:
-        return dict(failed=log.read_text().strip().splitlines()[-1][:300])
+    said = log.read_text().strip().splitlines()[-1:]
+    if done.returncode > 0 and "another run is at work" not in said[0]:
+        return dict(failed=said[0][:300])
+    if not finished(folder):
+        raise SystemExit(f"{folder} was stopped before its end: start again, it goes on")
     return read(folder)
+
+
+def finished(folder: Path) -> bool:
+    """Whether it came to its last step: Ctrl-C ends a run early, with a summary."""
+    if not (folder / "summary.json").exists():
+        return False
+    ended, wanted = (json.loads((folder / name).read_text())["steps"] for name in ("summary.json", "config.json"))
+    return ended >= wanted
 
 
 def read(folder: Path) -> dict:

@@ -67,6 +67,7 @@ ARMS = {
         "grpo-both": (BOTH, "GRPO, both of SESA's rewards, not divided"),
         "sesa": ("--sketch_context keep", "SESA, `keep`"),
         "sesa-16": (f"--sketch_context keep {LONG}", "SESA, `keep`, chains of 16, 50 steps of 64 guesses"),
+        "grpo-both-16": (f"{BOTH} {LONG}", "GRPO, both rewards, groups of 16, 50 steps of 64 guesses"),
         "sesa-distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
     },
     "recover": {
@@ -93,10 +94,14 @@ def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
     flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()  # the last of a flag counts
+    command = [*flags, "--seed", str(seed), "--prompts", str(prompts)]
     if stage == "recover":
-        model = str(folder / f"base-grpo-{seed}" / "checkpoints" / "step_20")
-    given = [*flags, "--seed", str(seed), "--model", model, "--prompts", str(prompts)]
-    row = runs.train(folder / f"{stage}-{arm}-{seed}", given)
+        collapsed = folder / f"base-grpo-{seed}" / "checkpoints" / "step_20"
+        if not collapsed.exists():
+            base = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]}".split()
+            runs.train(collapsed.parents[1], [*base, *command[-4:], "--model", model])
+        model = str(collapsed)
+    row = runs.train(folder / f"{stage}-{arm}-{seed}", [*command, "--model", model])
     if "curve" in row:
         names = ("avg@n", "unique@k", "named")
         row["curve"] = [
@@ -141,17 +146,19 @@ def draw(rows: dict) -> None:
     seed = min((seed for *_, seed in rows), default=0)
     shown = [("before training", ("base", "grpo", seed), 0, "iid", "0.6")]
     shown += [("GRPO, 20 steps, i.i.d.", ("base", "grpo", seed), -1, "iid", "tab:red")]
-    shown += [("the same policy, asked in sequence", ("base", "grpo", seed), -1, "sequential", "tab:orange")]
-    shown += [("SESA, 20 steps, i.i.d.", ("base", "sesa", seed), -1, "iid", "tab:blue")]
-    shown += [("SESA, asked in sequence", ("base", "sesa", seed), -1, "sequential", "tab:cyan")]
+    shown += [("GRPO with SESA's rewards, 50 steps, i.i.d.", ("base", "grpo-both-16", seed), -1, "iid", "tab:orange")]
+    shown += [("SESA, 50 steps, i.i.d.", ("base", "sesa-16", seed), -1, "iid", "tab:cyan")]
+    shown += [("SESA, chains of 16", ("base", "sesa-16", seed), -1, "sequential", "tab:blue")]
     shown = [entry for entry in shown if "curve" in rows.get(entry[1], ())]
     figure, axes = plt.subplots(len(shown), 1, figsize=(11, 1.35 * len(shown) + 1), sharex=True, layout="constrained")
     for axis, (title, cell, point, kind, color) in zip(axes, shown, strict=True):
-        named = rows[cell]["curve"][point][kind]["named"]
-        axis.bar(range(50), [named.get(state, 0) for state in STATES], color=color)
-        axis.set_title(f"{title}: {len(named)} of 50 states in 160 answers", loc="left", fontsize=10)
+        found = rows[cell]["curve"][point][kind]
+        share, different = found["avg@n"] / sum(found["named"].values()), found["unique@k"]["160"]
+        axis.bar(range(50), [100 * share * found["named"].get(state, 0) for state in STATES], color=color)
+        axis.set_title(f"{title}: {different:.0f} of 50 states in 160 answers", loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(-0.7, 49.7)
+    figure.supylabel("% of answers", fontsize=9)
     axes[-1].set_xticks(range(50), STATES, rotation=90, fontsize=7)
     figure.savefig(PICTURE, dpi=120)
     plt.close(figure)

@@ -59,49 +59,52 @@ def ends(process: subprocess.Popen, seconds: float = 300) -> None:
     assert process.returncode == 0, error[-20000:]
 
 
-def kill_alone(folder: Path, moments: list[float]) -> None:
+def kill_alone(folder: Path, moments: list[float]) -> int:
+    """How many hit: a run that goes on may have come to its end before the next moment."""
+    hit = 0
     for moment in moments:
         process = start(folder, 1)
         time.sleep(moment)
+        hit += process.poll() is None
         process.kill()
         process.communicate()
     ends(start(folder, 1))
+    return hit
 
 
-def kill_ranks(folder: Path, moments: list[float], ranks: int, chance: random.Random) -> None:
-    process = start(folder, ranks, restarts=len(moments))
+def kill_ranks(folder: Path, moments: list[float], ranks: int, chance: random.Random) -> int:
+    process, hit = start(folder, ranks, restarts=len(moments)), 0
     for moment in moments:
         time.sleep(moment)
         alive = children(process.pid) if process.poll() is None else []
         if len(alive) < ranks:
             continue  # it is over, or torchrun is starting them
         os.kill(chance.choice(alive), signal.SIGKILL)
+        hit += 1
         deadline = time.monotonic() + 40
         while set(children(process.pid)) & set(alive):  # the others end by themselves, or torchrun ends them
             assert time.monotonic() < deadline, "a rank outlived the death of another"
             time.sleep(0.05)
     ends(process)
+    return hit
 
 
-def survive(kills: int, ranks: int, seed: int, per_run: int = 4) -> int:
-    """How many runs were killed, `per_run` times each; AssertionError if one does not come out as it should."""
+def survive(kills: int, ranks: int, seed: int, per_run: int = 4) -> tuple[int, int]:
+    """(kills that hit, runs), until there are so many; AssertionError if a run does not come out as it should."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, began = Path(scratch) / "whole", time.monotonic()
         ends(start(whole, ranks))
-        seconds, expected, runs = time.monotonic() - began, curve(whole), 0
-        for first in range(0, kills, per_run):
+        seconds, expected, hits, runs = time.monotonic() - began, curve(whole), 0, 0
+        while hits < kills:
             runs += 1
             folder = Path(scratch) / f"killed-{runs}"
-            moments = [chance.uniform(0.1, 0.9) * seconds for _ in range(min(per_run, kills - first))]
-            if ranks == 1:
-                kill_alone(folder, moments)
-            else:
-                kill_ranks(folder, moments, ranks, chance)
+            moments = [chance.uniform(0.1, 0.9) * seconds for _ in range(min(per_run, kills - hits))]
+            hits += kill_alone(folder, moments) if ranks == 1 else kill_ranks(folder, moments, ranks, chance)
             ours = curve(folder)
             assert ours[0] == expected[0], f"other metrics after kills at {moments}"
             assert ours[1] == expected[1], f"other weights after kills at {moments}"
-    return runs
+    return hits, runs
 
 
 if __name__ == "__main__":
@@ -110,4 +113,5 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    print(f"{given.kills} kills in {survive(given.kills, given.ranks, given.seed)} runs: the same curve each time")
+    hits, runs = survive(given.kills, given.ranks, given.seed)
+    print(f"{hits} kills hit, in {runs} runs: the same curve each time")

@@ -226,7 +226,7 @@ def test_problems_that_the_model_cannot_read_or_hold_are_refused():
     explorer.chat.tokenizer.unk_token = "<unk>"
     problems = [Problem(0, "one two", 1), Problem(1, "one dragon", 1)]
     explorer.check_problems(problems[:1], PLAN)
-    with pytest.raises(ValueError, match="'one dragon' has words that the model has no tokens for.*another --model"):
+    with pytest.raises(ValueError, match="'one dragon' has words unknown to the model.*another --model"):
         explorer.check_problems(problems, PLAN)
     with pytest.raises(ValueError, match="positions: shorten it"):
         explorer.check_problems([Problem(0, "one " * explorer.sampler.max_positions, 1)], PLAN)

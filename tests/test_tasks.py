@@ -857,7 +857,7 @@ def test_options_of_reasoning_gym():
         ("frozenlake", {"max_turns": 0}, "max_turns 0: must be between 1 and 100"),
         ("sudoku", {"size": 6}, "size 6: must be 4 or 9"),
         ("sudoku", {"blanks": 16}, "blanks 16: must be between 1 and 10"),
-        ("nowhere.py:Mine", {}, "there is no such file"),
+        ("nowhere.py:Mine", {}, "no such file"),
     ],
 )
 def test_wrong_options_say_what_is_right(name, options, text):
@@ -922,5 +922,5 @@ def test_a_task_of_your_own(tmp_path):
     for problem, sketches, turns in islice(task.demonstrations(random.Random(0)), 20):
         assert play(task, problem, turns).success and not play(task, problem, ["<answer> a </answer>"]).valid
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
-    with pytest.raises(ValueError, match="Missing: there is no such file or no such class in it"):
+    with pytest.raises(ValueError, match="Missing: no such file or no such class in it"):
         make_task(f"{file}:Missing")

@@ -23,7 +23,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import rl
 import sesa
@@ -224,7 +224,17 @@ def test_what_takes_long_says_so_and_what_does_not_is_silent(monkeypatch, capsys
     with train.patience("answers", stats, 1000):
         stats.generated_tokens += 100
         time.sleep(0.3)
-    assert capsys.readouterr().err.splitlines() == ["something long ...", "answers, at most 20 s ..."]
+    assert capsys.readouterr().err.splitlines() == ["something long ...", "answers, about 20 s ..."]
+
+
+def test_an_update_sees_the_distribution_that_was_sampled_from_and_no_dropout():
+    shape = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    assert shape.resid_pdrop > 0
+    model, row = GPT2LMHeadModel(shape), train.Row([1, 2, 3, 4], [1, 2, 3], [1.0] * 3, [-1.0] * 3)
+    config, ranks = train.Config(sketch_context="keep", micro_batch_tokens=64), train.Ranks(0, 1, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = [train.update(model, None, [(0, row)], config, optimizer, 0.0, 4, ranks)["entropy"] for _ in range(3)]
+    assert len(set(seen)) == 1
 
 
 def test_guesses_at_several_problems_are_evaluated_problem_by_problem(toys, tmp_path):
@@ -621,7 +631,7 @@ def test_what_a_crash_left_half_written_is_dropped(toys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_a_run_ends_cleanly_and_can_go_on(number, toys, tmp_path, monkeypatch):
-    options = toys["letters"] | dict(steps=5, eval_every=0, checkpoint_every=100)
+    options = toys["letters"] | dict(steps=5, eval_every=2, checkpoint_every=100, eval_first=False)
     whole = run(tmp_path / "whole", **options)
     step, handlers = train.Run.step, [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
 
@@ -638,7 +648,8 @@ def test_asked_to_stop_a_run_ends_cleanly_and_can_go_on(number, toys, tmp_path, 
     assert json.loads((out / "summary.json").read_text())["steps"] == 3
     run(out, **options | dict(resume=True))
     assert weights(out) == weights(whole)
-    assert [untimed(row) | dict(eval=0) for row in rows(out)] == [untimed(row) | dict(eval=0) for row in rows(whole)]
+    # it did not stop to evaluate, either
+    assert [untimed(row) for row in rows(out)] == [untimed(row) for row in rows(whole)]
 
 
 def test_a_finished_run_can_be_resumed_for_more_steps(toys, tmp_path):
@@ -720,7 +731,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
     "words, line",
     [
         ("--task nonsense", "task 'nonsense': must be one of synthetic, countdown"),
-        ("--task nowhere.py:Task", "nowhere.py:Task: there is no such file"),
+        ("--task nowhere.py:Task", "nowhere.py:Task: no such file"),
         ("--task jsonl:broken.jsonl", "broken.jsonl, line 2: must be a JSON object"),
         ("--task jsonl:nowhere.jsonl", "nowhere.jsonl: cannot be read"),
         ("--task_options treasures", "treasures: must be name=value"),
@@ -751,7 +762,9 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--top_p 0", "--top_p 0.0: must be above 0"),
         ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99, --pass_k_end 99: at most"),
         ("--task countdown --num_sketches 4 --explore stuck", "--explore stuck: needs --num_direct 1 or more"),
-        ("--num_direct 2", "--num_direct 2: is for tasks of two stages"),
+        ("--num_solutions 2", "--num_direct 0, --num_solutions 2: needs two stages"),
+        ("--task_options name=mine", "has no option 'name'"),
+        ("--num_direct 2", "--num_direct 2, --num_solutions 1: needs two stages"),
         ("--distill_coef 0", "--distill_coef 0.0: must be above 0"),
         ("--advantage_scale loo", "--advantage_scale loo"),
         ("--eval_k 100 --eval_samples 20", "--eval_k"),
