@@ -1442,19 +1442,19 @@ ASIDE = {"seed", "sample_every", "eval_first", *RunFolder.FREE} - {"steps"}
 def compare(config: Config) -> None:
     """--compare: runs side by side, those that differ in nothing but the seed as one."""
     path = Path(config.output_dir or ".") / "compare.png"
-    if path.exists():
-        raise UserError(f"{path} exists: move it, or give another --output_dir")
+    if path.exists() or path.parent.is_file():
+        raise UserError(f"{path} exists, or below a file: give another --output_dir")
     groups, standard = {}, json.loads(json.dumps(vars(Config())))
     for name in config.compare:
         flags, rows = read_run(Path(name))
-        kept = {name: value for name, value in (standard | flags).items() if name not in ASIDE}
+        kept = {n: v for n, v in (standard | flags).items() if n not in ASIDE}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
     flags = [json.loads(key) for key in groups]
     differ = [name for name in flags[0] if any(f.get(name) != flags[0][name] for f in flags)]
     labels = [" ".join(f"{name}={f.get(name)}" for name in differ or ["task", "method"]) for f in flags]
     groups = dict(zip(labels, groups.values(), strict=True))
     title = draw(groups, path)
-    names = ("step", "tokens", "seconds", "iid", "sequential", "reward", "entropy")
+    names = "step tokens seconds iid sequential reward entropy".split()
     print(("{:>11}" * 8).format("seeds", *names))
     for label, runs in groups.items():
         # of each run the last values that are known

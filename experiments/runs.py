@@ -16,7 +16,7 @@ REPORT = ROOT / "experiments" / "RESULTS.md"
 
 def train(folder: Path, flags: Sequence[str]) -> dict:
     """Run train.py into `folder`, or finish what is there. Returns its summary with "curve", [(step, evaluation)], or
-    {"failed": its last line} if it ended with an error: that is a result too."""
+    {"failed": its last line} if it ended with an error: that is a result too, but for flags that train.py refuses."""
     if finished(folder):
         return read(folder)
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*")) else []
@@ -28,6 +28,8 @@ def train(folder: Path, flags: Sequence[str]) -> dict:
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
     said = log.read_text().strip().splitlines()[-1:]
+    if done.returncode > 0 and not folder.exists():
+        raise SystemExit(f"refused: {said[0]}")
     if done.returncode > 0 and "another run is at work" not in said[0]:
         return dict(failed=said[0][:300])
     if not finished(folder):

@@ -97,11 +97,10 @@ def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
     flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()  # the last of a flag counts
     command = [*flags, "--seed", str(seed), "--prompts", str(prompts)]
     if stage == "recover":
-        collapsed = folder / f"base-grpo-{seed}" / "checkpoints" / "step_20"
-        if not collapsed.exists():
-            base = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]}".split()
-            runs.train(collapsed.parents[1], [*base, *command[-4:], "--model", model])
-        model = str(collapsed)
+        # base-grpo again, without its evaluations; only for the first of a seed's arms
+        start = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]} --eval_every 0 --no_eval_first".split()
+        runs.train(folder / f"start-{seed}", [*start, *command[-4:], "--model", model])
+        model = str(folder / f"start-{seed}" / "checkpoints" / "step_20")
     row = runs.train(folder / f"{stage}-{arm}-{seed}", [*command, "--model", model])
     if "curve" in row:
         names = ("avg@n", "unique@k", "named")

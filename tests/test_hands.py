@@ -163,8 +163,10 @@ def test_runs_are_compared_in_one_picture_and_a_table(runs, tmp_path, capsys):
     assert values[0] == "2" and values[names.index("step")] == "2"  # two seeds are one row
     tokens = [json.loads((r / "summary.json").read_text())["generated_tokens"] for r in runs[:2]]
     assert float(values[names.index("tokens")]) == pytest.approx(sum(tokens) / 2, rel=1e-3)
-    with pytest.raises(train.UserError, match="compare.png exists"):
-        train.main(train.Config(compare=tuple(map(str, runs)), output_dir=str(tmp_path)))
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(train.UserError, match="compare.png exists, or below a file"):
+            train.main(train.Config(compare=tuple(map(str, runs)), output_dir=str(taken)))
 
 
 def test_the_curves_are_the_runs_numbers(runs, tmp_path, monkeypatch):
