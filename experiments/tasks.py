@@ -13,6 +13,7 @@ those below.
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -28,6 +29,7 @@ TASKS = {
 }
 COMMON = "--problems_per_step 16 --eval_problems 512 --eval_samples 8 --eval_k 1 8 --learning_rate 3e-4"
 GRPO = "--method grpo --num_sketches 8"
+ZERO = "--kl_coef 0.05 --repeats zero"
 SESA = "--num_sketches 8 --kl_coef 0.05"
 MIXED = "--num_direct 4 --num_sketches 4 --kl_coef 0.05"
 HALF = "--sketch_context distill --distill_coef 0.1"
@@ -38,6 +40,9 @@ ARMS = {
     "grpo-kl0.2": (f"{GRPO} --kl_coef 0.2", "GRPO, KL 0.2"),
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
     "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, a repeat earns 0"),
+    "grpo-zero-kl0.001": (f"{GRPO} --kl_coef 0.001 --repeats zero", "the same with KL 0.001"),
+    "grpo-zero-4": (f"--method grpo --num_sketches 4 --problems_per_step 32 {ZERO}", "the same, groups of 4"),
+    "grpo-zero-2": (f"--method grpo --num_sketches 2 --problems_per_step 64 {ZERO}", "the same, groups of 2"),
     "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
     "is": (f"{SESA} --sketch_context is", "SESA, importance weights"),
@@ -47,6 +52,11 @@ ARMS = {
     "mixed-kl0.2": (f"{MIXED} --kl_coef 0.2 {HALF}", "half sketched, KL 0.2"),
     "mixed-iid": (f"{MIXED} {HALF} --sketches iid", "half sketched, i.i.d. sketches"),
     "mixed-zero": (f"{MIXED} {HALF} --repeats zero", "half sketched, and a repeat earns 0"),
+    "mixed-zero-iid": (f"{MIXED} {HALF} --repeats zero --sketches iid", "the same, i.i.d. sketches"),
+    "mixed-zero-4": (
+        f"{MIXED} {HALF} --repeats zero --num_direct 2 --num_sketches 2 --problems_per_step 32",
+        "the same, groups of 4",
+    ),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
     "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "where stuck, i.i.d. sketches"),
     "stuck-6": (f"{LATE} --explore stuck --sketch_context imitate", "2 sketches where 6 answers are stuck, imitate"),
@@ -110,10 +120,10 @@ def cells(points: list[dict]) -> list[str]:
         ([100 * p["iid"]["avg@n"] for p in points], ".1f"),
         ([100 * p["iid"]["pass@k"]["8"] for p in points], ".1f"),
         ([p["iid"]["unique_success"] for p in points], ".2f"),
-        ([100 * p["sequential"]["pass@k"]["8"] for p in points], ".1f"),
+        ([100 * p["sequential"]["pass@k"].get("8", math.nan) for p in points], ".1f"),
         ([100 * p["iid"]["valid"] for p in points], ".0f"),
     ]
-    return [runs.spread(values, form) for values, form in measured]
+    return ["-" if math.isnan(values[0]) else runs.spread(values, form) for values, form in measured]
 
 
 def draw(rows: dict) -> None:
@@ -125,7 +135,8 @@ def draw(rows: dict) -> None:
     shown = [task for task in TASKS if any(cell[0] == task for cell in rows)]
     tall = -(-len(shown) // 2)
     figure, axes = plt.subplots(tall, 2, figsize=(9, 1 + 4 * tall), layout="constrained", squeeze=False)
-    colors = dict(zip(ARMS, plt.get_cmap("tab20").colors, strict=False))
+    families = [[arm for arm in ARMS if arm.startswith("grpo") == dashed] for dashed in (True, False)]
+    colors = {arm: plt.get_cmap("tab20").colors[i] for family in families for i, arm in enumerate(family)}
     for axis, task in zip(axes.flat, shown, strict=False):
         for arm, (_, title) in ARMS.items():
             curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
