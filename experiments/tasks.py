@@ -39,10 +39,10 @@ ARMS = {
     "grpo-kl0.001": (f"{GRPO} --kl_coef 0.001", "GRPO, KL 0.001"),
     "grpo-kl0.2": (f"{GRPO} --kl_coef 0.2", "GRPO, KL 0.2"),
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
-    "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, a repeat earns 0"),
-    "grpo-zero-kl0.001": (f"{GRPO} --kl_coef 0.001 --repeats zero", "the same with KL 0.001"),
-    "grpo-zero-4": (f"--method grpo --num_sketches 4 --problems_per_step 32 {ZERO}", "the same, groups of 4"),
-    "grpo-zero-2": (f"--method grpo --num_sketches 2 --problems_per_step 64 {ZERO}", "the same, groups of 2"),
+    "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, repeats earn 0"),
+    "grpo-zero-kl0.001": (f"{GRPO} --kl_coef 0.001 --repeats zero", "GRPO, repeats earn 0, KL 0.001"),
+    "grpo-zero-4": (f"--method grpo --num_sketches 4 --problems_per_step 32 {ZERO}", "GRPO, repeats earn 0, G 4"),
+    "grpo-zero-2": (f"--method grpo --num_sketches 2 --problems_per_step 64 {ZERO}", "GRPO, repeats earn 0, G 2"),
     "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
     "is": (f"{SESA} --sketch_context is", "SESA, importance weights"),
@@ -51,15 +51,24 @@ ARMS = {
     "mixed": (f"{MIXED} {HALF}", "half direct, half sketched (default)"),
     "mixed-kl0.2": (f"{MIXED} --kl_coef 0.2 {HALF}", "half sketched, KL 0.2"),
     "mixed-iid": (f"{MIXED} {HALF} --sketches iid", "half sketched, i.i.d. sketches"),
-    "mixed-zero": (f"{MIXED} {HALF} --repeats zero", "half sketched, and a repeat earns 0"),
-    "mixed-zero-iid": (f"{MIXED} {HALF} --repeats zero --sketches iid", "the same, i.i.d. sketches"),
+    "mixed-zero": (f"{MIXED} {HALF} --repeats zero", "half sketched, repeats earn 0"),
+    "mixed-zero-iid": (f"{MIXED} {HALF} --repeats zero --sketches iid", "half sketched, i.i.d., repeats earn 0"),
     "mixed-zero-4": (
         f"{MIXED} {HALF} --repeats zero --num_direct 2 --num_sketches 2 --problems_per_step 32",
-        "the same, groups of 4",
+        "half sketched, repeats earn 0, G 4",
     ),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
     "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "where stuck, i.i.d. sketches"),
     "stuck-6": (f"{LATE} --explore stuck --sketch_context imitate", "2 sketches where 6 answers are stuck, imitate"),
+}
+# how an arm's name begins: its colour in the picture, and what these arms have in common
+FAMILIES = {
+    "grpo-zero": ("tab:green", "GRPO, a repeat earns 0"),
+    "grpo": ("tab:blue", "GRPO"),
+    "mixed-zero": ("tab:red", "SESA, half of a group through sketches, a repeat earns 0"),
+    "mixed": ("tab:orange", "SESA, half of a group through sketches"),
+    "stuck": ("tab:brown", "SESA, sketches where direct answers are stuck"),
+    "": ("tab:purple", "SESA, all through sketches"),
 }
 
 
@@ -135,10 +144,8 @@ def draw(rows: dict) -> None:
     shown = [task for task in TASKS if any(cell[0] == task for cell in rows)]
     tall = -(-len(shown) // 2)
     figure, axes = plt.subplots(tall, 2, figsize=(9, 1 + 4 * tall), layout="constrained", squeeze=False)
-    families = [[arm for arm in ARMS if arm.startswith("grpo") == dashed] for dashed in (True, False)]
-    colors = {arm: plt.get_cmap("tab20").colors[i] for family in families for i, arm in enumerate(family)}
     for axis, task in zip(axes.flat, shown, strict=False):
-        for arm, (_, title) in ARMS.items():
+        for arm in ARMS:
             curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
             if not curves:
                 continue
@@ -146,16 +153,19 @@ def draw(rows: dict) -> None:
                 [100 * statistics.fmean(pick(p["iid"]) for p in at) for at in zip(*curves, strict=True)]
                 for pick in (lambda e: e["avg@n"], lambda e: e["pass@k"]["8"])
             ]
-            style = "--" if arm.startswith("grpo") else "-"
-            axis.plot(*points, style, marker="o", markersize=3, color=colors[arm], label=title)
+            color = next(color for start, (color, _) in FAMILIES.items() if arm.startswith(start))
+            axis.plot(*points, "--" if "grpo" in arm else "-", color=color, linewidth=0.7, alpha=0.6)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
+            axis.plot(points[0][-1], points[1][-1], "o", color=color, markersize=5)
+            axis.annotate(arm, (points[0][-1], points[1][-1]), (4, 2), textcoords="offset points", fontsize=7)
         seeds = len({seed for t, _, seed in rows if t == task})
         axis.set(title=f"{task}, seeds: {seeds}", xlabel="pass@1, %", ylabel="pass@8, %")
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
-    handles = {label: h for axis in figure.axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    for color, title in FAMILIES.values():
+        axes.flat[0].plot([], "o", color=color, label=title)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(PICTURE, dpi=120)
 
 
