@@ -13,6 +13,7 @@ more than 20 (1 - (1 - 1/20)^k), whatever they are drawn from: 11.2 in 16.
     recover   from what GRPO ended with, 150 steps, without the base: no KL, no reference
     anchored  the same with the base as the reference, as in `base`
     depth     as `recover`, from GRPO after 25, 50, 100 steps, and after 400 without a KL term
+    length    as `base`, the same guesses in chains of other lengths: what they buy, and what they cost in time
 
 One (stage, arm, seed) is one run of train.py; it is resumed if it was interrupted, and its result is one line of
 collapse.jsonl. Nothing is measured twice.
@@ -94,6 +95,10 @@ ARMS = {
             ("grpo-both", f"{BOTH} --advantage_scale none", "GRPO, both rewards, not divided"),
         )
     },
+    "length": {
+        f"chains-{k}": (f"{BASE} --num_sketches {k} --problems_per_step {256 // k}", f"SESA, chains of {k}", None)
+        for k in (4, 8, 16, 32)
+    },
 }  # fmt: skip
 CELLS = ("stage", "arm", "seed")
 
@@ -146,6 +151,14 @@ def table(rows: dict) -> str:
                 cost = [f"{statistics.fmean(row['generated_tokens'] for row in mine) / 1e3:.0f}"]
                 cost += [f"{statistics.fmean(row['seconds'] for row in mine):.0f}", command]
                 lines.append(cells(title, [row["curve"][-1] for row in mine]) + cost)
+            elif mine and stage == "length":
+                last = [row["curve"][-1] for row in mine]
+                found = [runs.spread([p["sequential"]["found"][k] for p in last]) for k in ("4", "8", "16", "32")]
+                found.append(runs.spread([p["iid"]["found"]["320"] for p in last]))
+                drawn = [100 * row["rollout_share"] for row in mine]
+                step = [row["seconds"] / row["steps"] for row in mine]
+                cost = [f"{statistics.fmean(drawn):.0f}", f"{statistics.fmean(step):.2f}"]
+                lines.append([title, *found, hits(last), *cost, command])
             elif mine:
                 points = [[row["curve"][i] for row in mine] for i in range(4)]
                 line = [title, *(runs.spread([p["iid"]["found"]["320"] for p in at], ".0f") for at in points)]
@@ -155,6 +168,10 @@ def table(rows: dict) -> str:
             parts[0][2].extend(lines)
         elif lines and stage == "anchored":
             parts.append((stage, head, lines))
+        elif lines and stage == "length":
+            columns = ["arm", *(f"in {k}, in sequence" for k in (4, 8, 16, 32)), "in 320, i.i.d."]
+            columns += ["hits, i.i.d. / in sequence, %", "time that goes into drawing, %", "seconds a step"]
+            parts.append((stage, columns, lines))
         elif lines:
             steps = [f"i.i.d., {step} steps" for step in (0, 50, 100, 150)]
             parts.append((stage, ["arm", *steps, "in sequence, 150", "hits, %"], lines))
