@@ -74,6 +74,8 @@ ARMS = {
     "recover": {
         "distill": ("--sketch_context distill --distill_coef 1", "SESA, `distill`"),
         "imitate": ("--sketch_context imitate", "SESA, `imitate`"),
+        "distill-placebo": (
+            "--sketch_context distill --distill_coef 1 --sketches placebo", "order control: another chain's history"),
         "grpo-both": (BOTH, "GRPO, both rewards, not divided"),
         "grpo": ("--method grpo", "GRPO"),
     },

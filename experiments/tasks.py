@@ -58,6 +58,7 @@ ARMS = {
         "half sketched, repeats earn 0, G 4",
     ),
     "stuck": (f"{MIXED} --explore stuck --sketch_context imitate", "sketches where stuck, imitate"),
+    "stuck-distill": (f"{MIXED} --explore stuck {HALF}", "sketches where stuck, distill 0.1"),
     "stuck-iid": (f"{MIXED} --explore stuck --sketch_context imitate --sketches iid", "where stuck, i.i.d. sketches"),
     "stuck-6": (f"{LATE} --explore stuck --sketch_context imitate", "2 sketches where 6 answers are stuck, imitate"),
 }
