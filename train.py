@@ -1443,14 +1443,14 @@ def compare(config: Config) -> None:
     """--compare: runs side by side, those that differ in nothing but the seed as one."""
     path = Path(config.output_dir or ".") / "compare.png"
     if path.exists() or path.parent.is_file():
-        raise UserError(f"{path} exists, or below a file: give another --output_dir")
+        raise UserError(f"{path} exists, or is below a file: give another --output_dir")
     groups, standard = {}, json.loads(json.dumps(vars(Config())))
     for name in config.compare:
         flags, rows = read_run(Path(name))
         kept = {n: v for n, v in (standard | flags).items() if n not in ASIDE}
         groups.setdefault(json.dumps(kept, sort_keys=True), []).append(rows)
     flags = [json.loads(key) for key in groups]
-    differ = [name for name in flags[0] if any(f.get(name) != flags[0][name] for f in flags)]
+    differ = [n for n in flags[0] if any(f.get(n) != flags[0][n] for f in flags)]
     labels = [" ".join(f"{name}={f.get(name)}" for name in differ or ["task", "method"]) for f in flags]
     groups = dict(zip(labels, groups.values(), strict=True))
     title = draw(groups, path)

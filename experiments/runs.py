@@ -16,7 +16,7 @@ REPORT = ROOT / "experiments" / "RESULTS.md"
 
 def train(folder: Path, flags: Sequence[str]) -> dict:
     """Run train.py into `folder`, or finish what is there. Returns its summary with "curve", [(step, evaluation)], or
-    {"failed": its last line} if it ended with an error: that is a result too, but for flags that train.py refuses."""
+    {"failed": its last line} if it ended with an error: that is a result too, if it had begun."""
     if finished(folder):
         return read(folder)
     resume = ["--resume"] if any(folder.glob("checkpoints/step_*")) else []
@@ -27,11 +27,11 @@ def train(folder: Path, flags: Sequence[str]) -> dict:
     log = folder.with_name(folder.name + ".log")
     with open(log, "w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file)
-    said = log.read_text().strip().splitlines()[-1:]
+    said = (log.read_text().strip() or "it said nothing").splitlines()[-1]
     if done.returncode > 0 and not folder.exists():
-        raise SystemExit(f"refused: {said[0]}")
-    if done.returncode > 0 and "another run is at work" not in said[0]:
-        return dict(failed=said[0][:300])
+        raise SystemExit(f"{folder} did not begin: {said}")
+    if done.returncode > 0 and "another run is at work" not in said:
+        return dict(failed=said[:300])
     if not finished(folder):
         raise SystemExit(f"{folder} was stopped before its end: start again, it goes on")
     return read(folder)

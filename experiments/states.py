@@ -92,18 +92,24 @@ def results() -> dict[tuple[str, str, int], dict]:
     return runs.results(RESULTS, ("stage", "arm", "seed"))
 
 
-def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
+def shared(seed: int, model: str, folder: Path) -> list[str]:
     prompts = folder / "prompts.json"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text(json.dumps(PROMPTS))
+    return ["--seed", str(seed), "--prompts", str(prompts), "--model", model]
+
+
+def restart(seed: int, model: str, folder: Path) -> None:
+    """GRPO once more as in `base`, without evaluations: where the recovery starts from."""
+    flags = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]} --eval_every 0 --no_eval_first".split()
+    runs.train(folder / f"start-{seed}", [*flags, *shared(seed, model, folder)])
+
+
+def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
     flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()  # the last of a flag counts
-    command = [*flags, "--seed", str(seed), "--prompts", str(prompts)]
     if stage == "recover":
-        # base-grpo again, without its evaluations; only for the first of a seed's arms
-        start = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]} --eval_every 0 --no_eval_first".split()
-        runs.train(folder / f"start-{seed}", [*start, *command[-4:], "--model", model])
         model = str(folder / f"start-{seed}" / "checkpoints" / "step_20")
-    row = runs.train(folder / f"{stage}-{arm}-{seed}", [*command, "--model", model])
+    row = runs.train(folder / f"{stage}-{arm}-{seed}", [*flags, *shared(seed, model, folder)])
     if "curve" in row:
         names = ("avg@n", "unique@k", "named")
         row["curve"] = [
@@ -180,8 +186,11 @@ def main() -> None:
         parser.error("--model: a hub id, a folder or a .gguf file of a model that follows instructions")
     for stage in args.stages if not args.draw else []:
         arms = [arm for arm in ARMS[stage] if args.arms is None or arm in args.arms]
-        jobs = [(stage, arm, s, args.model, args.runs.resolve()) for s in args.seeds for arm in arms]
-        runs.in_parallel(run, [job for job in jobs if job[:3] not in results()], args.workers)
+        folder = args.runs.resolve()
+        missing = [(arm, s) for s in args.seeds for arm in arms if (stage, arm, s) not in results()]
+        if stage == "recover":
+            runs.in_parallel(restart, [(s, args.model, folder) for s in {s for _, s in missing}], args.workers)
+        runs.in_parallel(run, [(stage, arm, s, args.model, folder) for arm, s in missing], args.workers)
     draw(results())
     runs.publish("states", table(results()))
 

@@ -5,11 +5,11 @@
     python experiments/tasks.py --draw                           # only draw, from the committed results
 
 Every arm of a task starts from the same warm-started base and gets the same number of steps and of answers, 16 problems
-x 8 a step; what sketches cost in tokens and seconds is in the table. Success is that of the plain prompt, without a
-sketch, on 512 validation problems x 8 answers that are the same for all, at five points of training. "In sequence": 8
-answers to each problem, each after a sketch that sees the sketches before it. One (task, arm, seed) is one run of
-train.py, resumed if it was interrupted; its result is one line of tasks.jsonl, which counts as long as its flags are
-those below.
+x 8 a step (or 32 x 4, 64 x 2); what sketches cost in tokens and seconds is in the table. Success is that of the plain
+prompt, without a sketch, on 512 validation problems x 8 answers that are the same for all, at five points of training.
+"In sequence": 8 answers to each problem, each after a sketch that sees the sketches before it; not measured where an
+arm draws fewer. One (task, arm, seed) is one run of train.py, resumed if it was interrupted; its result is one line of
+tasks.jsonl, which counts as long as its flags are those below.
 """
 
 import argparse
@@ -29,7 +29,8 @@ TASKS = {
 }
 COMMON = "--problems_per_step 16 --eval_problems 512 --eval_samples 8 --eval_k 1 8 --learning_rate 3e-4"
 GRPO = "--method grpo --num_sketches 8"
-ZERO = "--kl_coef 0.05 --repeats zero"
+OF_4 = "--method grpo --num_sketches 4 --problems_per_step 32 --kl_coef 0.05"
+OF_2 = "--method grpo --num_sketches 2 --problems_per_step 64 --kl_coef 0.05"
 SESA = "--num_sketches 8 --kl_coef 0.05"
 MIXED = "--num_direct 4 --num_sketches 4 --kl_coef 0.05"
 HALF = "--sketch_context distill --distill_coef 0.1"
@@ -41,8 +42,9 @@ ARMS = {
     "grpo-passk": (f"{GRPO} --kl_coef 0.05 --advantage_scale passk --pass_k 4 --pass_k_end 1", "GRPO, pass@k, 4 to 1"),
     "grpo-zero": (f"{GRPO} --kl_coef 0.05 --repeats zero", "GRPO, repeats earn 0"),
     "grpo-zero-kl0.001": (f"{GRPO} --kl_coef 0.001 --repeats zero", "GRPO, repeats earn 0, KL 0.001"),
-    "grpo-zero-4": (f"--method grpo --num_sketches 4 --problems_per_step 32 {ZERO}", "GRPO, repeats earn 0, G 4"),
-    "grpo-zero-2": (f"--method grpo --num_sketches 2 --problems_per_step 64 {ZERO}", "GRPO, repeats earn 0, G 2"),
+    "grpo-zero-4": (f"{OF_4} --repeats zero", "GRPO, repeats earn 0, G 4"),
+    "grpo-zero-2": (f"{OF_2} --repeats zero", "GRPO, repeats earn 0, G 2"),
+    "grpo-4": (OF_4, "GRPO, G 4"),
     "distill": (f"{SESA} --sketch_context distill --distill_coef 1", "SESA, distill"),
     "imitate": (f"{SESA} --sketch_context imitate", "SESA, imitate"),
     "is": (f"{SESA} --sketch_context is", "SESA, importance weights"),

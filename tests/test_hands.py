@@ -165,7 +165,7 @@ def test_runs_are_compared_in_one_picture_and_a_table(runs, tmp_path, capsys):
     assert float(values[names.index("tokens")]) == pytest.approx(sum(tokens) / 2, rel=1e-3)
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(train.UserError, match="compare.png exists, or below a file"):
+        with pytest.raises(train.UserError, match="compare.png exists, or is below a file"):
             train.main(train.Config(compare=tuple(map(str, runs)), output_dir=str(taken)))
 
 
