@@ -216,7 +216,8 @@ def test_hostile_strings_against_math(math_task, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_hostile_strings_against_math_and_its_judge(math_task, tmp_path):
     assert tasks.equivalent("1", "1")  # loads the library, which takes longer
-    attack(math_task, 1000, tmp_path / "flag", 2.5, time.monotonic)
+    # by the clock on the wall, which other work may slow down; of computing it gets 1.5 s
+    attack(math_task, 1000, tmp_path / "flag", tasks.WAIT_LIMIT + 1, time.monotonic)
 
 
 slow = pytest.mark.slow
