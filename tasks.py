@@ -848,8 +848,11 @@ def read_records(source: str) -> list[Record]:
 
             name, config, split = (source.split(":") + ["", ""])[:3]
             rows = load_dataset(name, config or None, split=split or "train")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: cannot be read ({error}); give a .jsonl file, a folder or a hub id") from None
+    except Exception as error:
+        # datasets raises what it likes
+        if source.startswith("gym:") or isinstance(error, ImportError):
+            raise
+        raise ValueError(f"{source}: must be a .jsonl file, folder or hub id ({error.__cause__ or error})") from None
     records = [read_record(f"{source}, line {i}", row) for i, row in enumerate(rows, 1) if row]
     if not records:
         raise ValueError(f"{source}: holds no record; give questions with answers")
@@ -1053,8 +1056,8 @@ TASKS = {task.name: task for task in (Synthetic, Countdown, Sokoban, FrozenLake,
 
 
 def make_task(name: str, /, **options) -> Task:
-    """A task by name: one of TASKS, jsonl:<path>, gym:<data set> or path/to/file.py:ClassName. ValueError lists the
-    names for an unknown name, and the options for an unknown option.
+    """A task by name: one of TASKS, jsonl:FILE, gym:NAME or FILE.py:CLASS. ValueError lists the names for an unknown
+    name, and the options for an unknown option.
 
     >>> make_task("countdown", difficulty="easy").problems("train", seed=0)[0].text.split()[0]
     'Numbers:'
@@ -1069,7 +1072,7 @@ def make_task(name: str, /, **options) -> Task:
         elif file := re.fullmatch(r"(.*\.py):?(\w*)", name):
             cls = load_class(*file.groups())
         elif not (cls := TASKS.get(name)):
-            names = f"{', '.join(TASKS)}, jsonl:<path>, gym:<data set>, path/to/file.py:ClassName"
+            names = f"{', '.join(TASKS)}, jsonl:FILE, gym:NAME, FILE.py:CLASS"
             raise ValueError(f"task {name!r}: must be one of {names}")
         return cls(**check_options(name, cls, options))
     except ImportError as error:
@@ -1084,7 +1087,7 @@ def load_class(path: str, name: str) -> type:
         spec.loader.exec_module(module)
         if hasattr(module, name):
             return getattr(module, name)
-    raise ValueError(f"task {path}:{name}: no such file or no such class in it")
+    raise ValueError(f"task {path}:{name}: no such file, or no such class")
 
 
 def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:

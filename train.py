@@ -467,8 +467,7 @@ class Policy:
 
     def explorer(self, task: tasks.Task, **room) -> sesa.Explorer:
         """What draws from this policy; room: of the Sampler."""
-        sampler = Sampler(self.model, self.stop_ids, **room)
-        return sesa.Explorer(sampler, task, self.chat(), self.prompts)
+        return sesa.Explorer(Sampler(self.model, self.stop_ids, **room), task, self.chat(), self.prompts)
 
     def token_limits(self, config: Config) -> dict[str, int]:
         given = dict(sketch=config.max_sketch_tokens, solution=config.max_new_tokens)
@@ -1479,8 +1478,7 @@ def reporting(config: Config, step: int) -> Iterator[Callable[[dict, Sequence[di
             writer.add_text("samples", "\n".join(map(json_line, records)), row["step"])
 
         with SummaryWriter(Path(config.output_dir) / name, purge_step=step + 1) as writer:
-            flags = {flag: str(value) for flag, value in vars(config).items()}
-            writer.add_hparams(flags, {}, run_name=".")
+            writer.add_hparams({flag: str(value) for flag, value in vars(config).items()}, {}, run_name=".")
             yield log
     else:
         # These two have one interface, but for wandb's id, by which it knows a run.

@@ -694,9 +694,9 @@ def test_files_that_cannot_be_records(tmp_path):
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="empty.jsonl: holds no record"):
         make_task(f"jsonl:{empty}")
-    with pytest.raises(ValueError, match="binary.jsonl: cannot be read"):
+    with pytest.raises(ValueError, match="binary.jsonl: must be a .jsonl file"):
         make_task(f"jsonl:{binary}")
-    with pytest.raises(ValueError, match="missing.jsonl: cannot be read"):
+    with pytest.raises(ValueError, match="missing.jsonl: must be a .jsonl file"):
         make_task(f"jsonl:{tmp_path / 'missing.jsonl'}")
     one = write_jsonl(tmp_path / "one.jsonl", RECORDS[:1])
     with pytest.raises(ValueError, match="leave none for train or for validation"):
@@ -721,6 +721,12 @@ def test_records_of_a_folder(tmp_path, monkeypatch):
     rows = [{"question": "one", "answer": "#### 7"}, {"question": "two", "answer": "Add.\n#### 8"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "mine" / "train.parquet")
     assert tasks.read_records(str(tmp_path / "mine"))[1] == Record("two", "8", rows[1]["answer"])
+    (tmp_path / "broken").mkdir()
+    write_jsonl(tmp_path / "broken" / "train.jsonl", rows)
+    with open(tmp_path / "broken" / "train.jsonl", "a") as file:
+        file.write('{"question": ')
+    with pytest.raises(ValueError, match=r"broken: must be a \.jsonl file, folder or hub id \(JSON"):
+        tasks.read_records(str(tmp_path / "broken"))
 
 
 def equivalent_pairs() -> list[tuple[str, str]]:
@@ -848,7 +854,7 @@ def test_options_of_reasoning_gym():
 @pytest.mark.parametrize(
     "name, options, text",
     [
-        ("chess", {}, "must be one of synthetic, countdown, sokoban, frozenlake, sudoku, math, jsonl:<path>, gym:"),
+        ("chess", {}, "must be one of synthetic, countdown, sokoban, frozenlake, sudoku, math, jsonl:FILE, gym:"),
         ("countdown", {"level": 1}, "task 'countdown' has no option 'level': it has difficulty"),
         ("countdown", {"difficulty": "x"}, "difficulty 'x': must be one of easy, normal, hard"),
         ("synthetic", {"treasures": 0}, "treasures 0: must be between 1 and 3056"),
@@ -924,5 +930,5 @@ def test_a_task_of_your_own(tmp_path):
     for problem, sketches, turns in islice(task.demonstrations(random.Random(0)), 20):
         assert play(task, problem, turns).success and not play(task, problem, ["<answer> a </answer>"]).valid
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
-    with pytest.raises(ValueError, match="Missing: no such file or no such class in it"):
+    with pytest.raises(ValueError, match="Missing: no such file, or no such class"):
         make_task(f"{file}:Missing")

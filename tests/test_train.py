@@ -741,7 +741,7 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--task nonsense", "task 'nonsense': must be one of synthetic, countdown"),
         ("--task nowhere.py:Task", "nowhere.py:Task: no such file"),
         ("--task jsonl:broken.jsonl", "broken.jsonl, line 2: must be a JSON object"),
-        ("--task jsonl:nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+        ("--task jsonl:nowhere.jsonl", "nowhere.jsonl: must be a .jsonl file"),
         ("--task_options treasures", "treasures: must be name=value"),
         ("--task_options nonsense=1", "no option 'nonsense': it has treasures"),
         ("--task_options treasures=many", "treasures='many': must be int"),
