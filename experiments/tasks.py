@@ -147,7 +147,10 @@ def draw(rows: dict) -> None:
     shown = [task for task in TASKS if any(cell[0] == task for cell in rows)]
     tall = -(-len(shown) // 2)
     figure, axes = plt.subplots(tall, 2, figsize=(9, 1 + 4 * tall), layout="constrained", squeeze=False)
+    names: dict = {}
     for axis, task in zip(axes.flat, shown, strict=False):
+        names[axis] = []
+        seeds = len({seed for t, _, seed in rows if t == task})
         for arm in ARMS:
             curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
             if not curves:
@@ -160,16 +163,33 @@ def draw(rows: dict) -> None:
             axis.plot(*points, "--" if "grpo" in arm else "-", color=color, linewidth=0.7, alpha=0.6)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
             axis.plot(points[0][-1], points[1][-1], "o", color=color, markersize=5)
-            axis.annotate(arm, (points[0][-1], points[1][-1]), (4, 2), textcoords="offset points", fontsize=7)
-        seeds = len({seed for t, _, seed in rows if t == task})
+            name = arm if len(curves) == seeds else f"{arm}, seeds: {len(curves)}"
+            names[axis].append((points[1][-1], points[0][-1], name))
         axis.set(title=f"{task}, seeds: {seeds}", xlabel="pass@1, %", ylabel="pass@8, %")
+        axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
     for color, title in FAMILIES.values():
         axes.flat[0].plot([], "o", color=color, label=title)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # from here on a point keeps its place on the page
+    for axis, ends in names.items():
+        write_names(axis, ends)
     figure.savefig(PICTURE, dpi=120)
+
+
+def write_names(axis, ends: list[tuple[float, float, str]]) -> None:
+    """Each name to the right of its (y, x), moved up until no other is in the way."""
+    taken: list[tuple[float, float, float]] = []  # left, right and height in typographic points
+    for y, x, name in sorted(ends):
+        left, height = axis.transData.transform((x, y)) * 72 / axis.figure.dpi + (4, -3)
+        right = left + 4 * len(name)
+        while any(left < b and a < right and abs(height - other) < 7.5 for a, b, other in taken):
+            height += 0.5
+        taken.append((left, right, height))
+        axis.annotate(name, (left, height), xycoords="figure points", fontsize=7)
 
 
 def main() -> None:
