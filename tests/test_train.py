@@ -880,6 +880,18 @@ def test_a_warm_start_is_made_anew_for_other_limits_and_only_then():
     assert train.starting_policy("tiny", config, task, ranks).limits == task.tiny_tokens
 
 
+def test_of_two_runs_that_warm_start_at_once_the_faster_serves_both(tmp_path):
+    cache = tmp_path / "tiny"
+
+    def write(folder):
+        (folder / "weights").write_text("of the slower")
+        cache.mkdir()
+        (cache / "weights").write_text("of the faster")
+
+    train.write_folder(cache, write, train.Ranks(0, 1, torch.device("cpu")))
+    assert (cache / "weights").read_text() == "of the faster" and list(tmp_path.iterdir()) == [cache]
+
+
 def test_a_damaged_model_is_refused(toys, tmp_path, monkeypatch, capsys, finished):
     shutil.copytree(finished / "checkpoints" / "step_4", tmp_path / "model")
     cut(tmp_path / "model" / "model.safetensors")
