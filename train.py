@@ -419,9 +419,8 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
     yield missing, "report_to", f"first pip install {c.report_to}"
-    untrained = c.eval_only or not c.steps
-    yield untrained and c.push_to_hub, "push_to_hub", "nothing is trained; needs --steps above 0"
-    yield untrained and not c.eval_first, "eval_first", "nothing is evaluated; needs --steps"
+    idle = (c.eval_only or not c.steps) and (c.push_to_hub or not c.eval_first)
+    yield idle, "push_to_hub eval_first", "nothing is trained; needs --steps above 0"
 
 
 def chain_credit(config: Config, task: tasks.Task) -> bool:

@@ -428,7 +428,7 @@ def test_sokoban_agrees_with_a_second_simulator_and_breadth_first_search(boxes):
             names = rng.choices(task.actions, k=10)
             for turn in range(0, 10, 5):
                 episode.act(f"<think>x</think><answer>{' || '.join(names[turn : turn + 5])}</answer>")
-            for name in episode.outcome().key.split():
+            for name in episode.taken:
                 assert second.find("X")
                 total += second.move(name)
             assert episode.observe().split("\n")[:-1] == [" ".join(row) for row in second.rows]
@@ -479,10 +479,10 @@ def test_turns_of_an_agent():
     assert play(task, room(), ["x"] * 9) == Outcome(-0.5, False, None, False)  # five turns
     # a turn ends after five actions, an episode after ten
     seven = "<answer>" + "||".join(["Down"] * 7) + "</answer>"
-    assert play(task, room(), [seven]).key == " ".join(["Down"] * 5)
-    assert play(task, room(), [seven] * 3) == Outcome(-1.0, False, " ".join(["Down"] * 10), True)
     episode = task.episode(room())
-    assert [episode.act(seven), episode.act(seven), episode.act("anything")] == [False, True, True]
+    assert not episode.act(seven) and episode.taken == ["Down"] * 5
+    assert episode.act(seven) and episode.act("anything") and episode.taken == ["Down"] * 10
+    assert episode.outcome() == Outcome(-1.0, False, "Down Down Down", True)  # the fourth is into the wall
     # a box pushed off its target
     off = play(task, room(ROOM.replace("P X _ O", "P _ X O")), ["<answer>Right||Right||Left||Left</answer>"])
     assert off.reward == pytest.approx(-0.1 * 2 + 1 + 10)
@@ -490,6 +490,23 @@ def test_turns_of_an_agent():
     assert play(make_task("sokoban", boxes=2), room(two), ["<answer>Right||Right</answer>"]).reward == pytest.approx(
         -0.2
     )
+
+
+@pytest.mark.parametrize(
+    "ways, key",
+    [
+        (["Right || Right", "Up || Right || Up || Right", "Right || Left || Right || Right"], "Right Right"),
+        (["Right || Down || Left || Up || Right || Right", "Down || Up || Right || Right"], "Right Right"),
+        (["Down || Right || Right || Up", "Down || Left || Right || Right || Up"], "Down Right Right Up"),
+        (["Left", "Up || Up", "Right || Left", ""], ""),
+    ],
+)
+def test_bumps_and_loops_do_not_make_another_answer(ways, key):
+    """P _ G in the first row: what hits the edge, or comes back to where it was, is no other way to the goal."""
+    task = make_task("frozenlake", slippery=False, size=3)
+    for way in ways:
+        outcome = play(task, Problem(0, "", ("__G______", 0, 0)), [f"<answer>{way}</answer>"] if way else [])
+        assert outcome.success == bool(key) and outcome.key == (key if way else None)
 
 
 @pytest.mark.parametrize("name", ["frozenlake", "sokoban"])
