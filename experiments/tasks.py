@@ -109,7 +109,7 @@ def table(rows: dict) -> str:
         for arm, (_, title) in ARMS.items():
             mine = {seed: row for (*cell, seed), row in sorted(rows.items()) if cell == [task, arm]}
             good = {seed: row for seed, row in mine.items() if "curve" in row}
-            base |= good
+            base = good | base
             command = f"`--tasks {task} --arms {arm}`"
             if good:
                 cost = [f"{statistics.fmean(row['generated_tokens'] for row in good.values()) / 1e3:.0f}"]
@@ -120,7 +120,7 @@ def table(rows: dict) -> str:
                     lines.append([f"{title}, seed {seed}", f"failed: {row['failed']}", *[""] * 6, command])
         if base:
             one = next(iter(base.values()))
-            measured = cells([row["curve"][0] for row in list(base.values())[:1]])
+            measured = cells([base[seed]["curve"][0] for seed in sorted(base)])
             lines.insert(0, ["the base, before training", *measured, "-", "-", "-"])
             title = f"**{task}** (%; floor {100 * one['floor']:.1f}, ceiling {100 * one['ceiling']:.1f})"
             parts.append(f"{title}\n\n{runs.table([*head, 'again'], lines)}")
@@ -131,11 +131,12 @@ def cells(points: list[dict]) -> list[str]:
     measured = [
         ([100 * p["iid"]["avg@n"] for p in points], ".1f"),
         ([100 * p["iid"]["pass@k"]["8"] for p in points], ".1f"),
-        ([p["iid"]["unique_success"] for p in points], ".2f"),
+        ([p["iid"].get("unique_success", math.nan) for p in points], ".2f"),
         ([100 * p["sequential"]["pass@k"].get("8", math.nan) for p in points], ".1f"),
         ([100 * p["iid"]["valid"] for p in points], ".0f"),
     ]
-    return ["-" if math.isnan(values[0]) else runs.spread(values, form) for values, form in measured]
+    known = [([v for v in values if not math.isnan(v)], form) for values, form in measured]
+    return [runs.spread(values, form) if values else "-" for values, form in known]
 
 
 def draw(rows: dict) -> None:
