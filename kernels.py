@@ -205,7 +205,7 @@ def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature,
             break
         _require(h.ndim == w.ndim == 2 and h.shape[1] == w.shape[1] and h.dtype == w.dtype,
                  f"{name}hidden is {h.dtype} {tuple(h.shape)}, {name}weight {w.dtype} {tuple(w.shape)}, "
-                 "they must be [tokens, width] and [vocabulary, width] of one dtype: flatten or cast them")
+                 "they must be [tokens, width] and [vocabulary, width] of one dtype")
         _require((len(h), len(w)) == (len(hidden), len(weight)),
                  f"the reference has {len(h)} tokens and a vocabulary of {len(w)}, the policy "
                  f"{len(hidden)} and {len(weight)}: they must be equal")

@@ -140,7 +140,7 @@ class Sampler:
         memory_gb: float | None = None, max_forward_tokens: int = 4096, share_from: int = 33,
     ):  # fmt: skip
         if min(max_rows, max_forward_tokens) < 1:
-            raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: must be at least 1")
+            raise ValueError(f"max_rows={max_rows}, max_forward_tokens={max_forward_tokens}: give 1 or more")
         self.stop_ids = frozenset(stop_ids)
         self.max_rows, self.max_forward_tokens = max_rows, max_forward_tokens
         # so that the check shares
@@ -170,7 +170,7 @@ class Sampler:
         """One new row per prompt. Nothing is computed before the first sampling step."""
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {i} is empty: a row needs at least one token, such as the model's bos")
+                raise ValueError(f"prompt {i} is empty: give a token or more")
             self._check_ids(prompt)
         return [self._add(_Segment(list(prompt), base=0)) for prompt in prompts]
 
@@ -187,7 +187,7 @@ class Sampler:
         The forked rows stay valid and may go on by themselves.
         """
         if n < 1:
-            raise ValueError(f"fork into n={n}: must be at least 1")
+            raise ValueError(f"fork into n={n}: give 1 or more")
         leaves = [self._leaf(row) for row in rows for _ in range(n)]
         return [self._add(leaf.below(leaf.length, [])) for leaf in leaves]
 
@@ -240,7 +240,7 @@ class Sampler:
         results = [None] * len(programs)
         # by program: the drafts that it waits for, None before it has begun
         requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))
-        waiting, active = deque(), []  # drafts
+        waiting, active, drawn = deque(), [], -1  # drafts, and tokens when all was last evicted
         try:
             while requests:
                 for i in [i for i, drafts in requests.items() if all(d.finish_reason for d in drafts or ())]:
@@ -258,12 +258,19 @@ class Sampler:
                     if active:
                         self._draw(active)
                 except _NoRoom:
-                    if not self._evict_one([draft.row for draft in active]):
-                        if len(active) == 1:
-                            raise
+                    idle = self._rows.keys() - {draft.row for draft in active}
+                    idle = [leaf for leaf in map(self._rows.get, idle) if leaf.slab and leaf.users == 1]
+                    if idle:
+                        self._evict(idle[:1])
+                    elif len(active) > 1:
                         waiting.appendleft(active.pop())
                         # no new rows until one has finished
                         room = len(active)
+                    elif drawn == (drawn := self.stats.generated_tokens):
+                        raise
+                    else:
+                        # what rows share, too, with the free slots beside it
+                        self._evict([s for leaf in self._rows.values() for s, _ in leaf.path()])
         except BaseException:
             self._busy, self._forward = set(), None
             for program in programs:
@@ -311,7 +318,7 @@ class Sampler:
     def _accept(self, draft: _Draft, token: int, logp: float) -> None:
         """Append a token to a row, and note if it ends there."""
         if not math.isfinite(logp):
-            raise ValueError("the model gave logits that are not finite: its weights hold inf or nan")
+            raise ValueError("logits are not finite: weights hold inf or nan")
         draft.ids.append(token)
         draft.logps.append(logp)
         leaf = self._rows[draft.row]
@@ -402,7 +409,7 @@ class Sampler:
 
     def _leaf(self, row: int, busy: bool = False) -> _Segment:
         if row not in self._rows:
-            raise ValueError(f"row {row!r} does not exist: it was never made, or released")
+            raise ValueError(f"row {row!r} was never made, or was released")
         if row in self._busy and not busy:
             raise ValueError(f"row {row} is being sampled: wait, or fork it beforehand")
         return self._rows[row]
@@ -434,14 +441,12 @@ class Sampler:
         if segment:
             segment.users -= 1
 
-    def _evict_one(self, running: list[int]) -> bool:
-        """Free what one row holds that is not running; its tokens are known and are computed again when needed."""
-        idle = (leaf for row, leaf in self._rows.items() if leaf.slab and leaf.users == 1 and row not in running)
-        if leaf := next(idle, None):
-            self._memory.free(leaf)
-            leaf.cached, leaf.hidden, self._forward = 0, None, None
-            self.stats.evictions += 1
-        return leaf is not None
+    def _evict(self, segments: list[_Segment]) -> None:
+        """Free what segments hold; their tokens are known and are computed again when needed."""
+        for segment in segments:
+            self._memory.free(segment)
+            segment.cached, segment.hidden, self._forward = 0, None, None
+        self.stats.evictions += 1
 
     # ------------------------------------------------------------------------------------------------ checks
 
@@ -476,8 +481,8 @@ class Sampler:
             gap = (scaled_logits(logits, softcap=self._softcap)[0] - theirs).abs().max().item()
             if gap <= (1e-3 if twin.dtype == torch.float32 else 0.1) * largest + 1e-6:
                 return
-        differ = f"our logits differ from the model's own by {gap:.3g} (largest {largest:.3g})"
-        supported = "full attention or a window above 10, usual positions, finite weights"
+        differ = f"our logits differ from the model's own by {gap:.3g}"
+        supported = "full attention or a window above 10, finite weights"
         raise ValueError(f"{type(twin).__name__}: {differ}; the sampler supports {supported}")
 
 
@@ -861,9 +866,7 @@ class _Memory:
         missing = Counter(wanted) - Counter(slots)
         planned = self.bytes + sum(count * capacity * self.token_bytes for capacity, count in missing.items())
         if planned > self.budget:
-            full, more = (f"{size / 1e9:.3g} GB" for size in (self.bytes, planned - self.bytes))
-            now = f"{full} hold keys and values, one more row needs {more}"
-            raise _NoRoom(f"memory budget of {self.budget / 1e9:.3g} GB: {now}; raise memory_gb or release rows")
+            raise _NoRoom(f"--cache_gb {self.budget / 1e9:.3g}: a row needs {planned / 1e9:.3g}; raise it")
         for capacity, count in missing.items():
             so_far = sum(slab.slots for slab in self.slabs[capacity])
             # few slabs, few pieces

@@ -71,8 +71,9 @@ Outcomes = Sequence[Outcome]
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts around a problem; in braces: {problem} {answer_hint} {sketch_hint} {sketch} {observation}.
-    data/prompts.json has those in use. Where the sketches are the answers, only `sketch` and `next` are.
+    """The texts around a problem. In braces: {answer_hint} {sketch_hint} in all, {problem} in `direct`, `sketch` and
+    `solve`, {sketch} in `solve`, {observation} in `turn`. data/prompts.json has those in use. Where the sketches are
+    the answers, only `sketch` and `next` are.
 
     `direct` and `sketch` should begin alike: what they share is computed once per problem and forked. With an empty
     `next` a chain goes on without being asked.

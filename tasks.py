@@ -109,6 +109,8 @@ class SingleTurn:
 
     def act(self, text: str) -> bool:
         self.result = self.result or self.score(self.problem.data, text)
+        if not isinstance(self.result, Outcome):
+            raise ValueError(f"score returned {self.result!r}, no Outcome")
         return True
 
     def outcome(self) -> Outcome:
@@ -1088,9 +1090,9 @@ def load_class(path: str, name: str) -> type:
         spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise ValueError(f"task {path}:{name}: no such file, or no such class")
+        if Task in getattr(found := getattr(module, name, None), "__mro__", ()):
+            return found
+    raise ValueError(f"task {path}:{name}: no such file or Task")
 
 
 def check_options(name: str, cls: Callable, options: dict) -> dict[str, Any]:

@@ -375,7 +375,7 @@ def group_answers(config: Config) -> int:
 
 
 MAY_BE_0 = """steps seed num_direct kl_coef kl_coef_end entropy_coef rarity clip_low clip_high weight_decay
-    eval_every checkpoint_every warm_start_steps eval_temperature top_p show""".split()
+    eval_every checkpoint_every warm_start_steps eval_temperature show""".split()
 
 
 def ranges(config: Config) -> Verdicts:
@@ -396,9 +396,7 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield c.minibatches > c.problems_per_step, "minibatches", "at most --problems_per_step"
     alone = chains and c.baseline == "position" and single
     yield alone, "problems_per_step", "--baseline position compares chains: 2 or more"
-    yield not 0 < c.top_p <= 1, "top_p", "must be above 0, at most 1"
-    whole = "the loss trains the whole distribution; needs --eval_only"
-    yield c.top_p < 1 and not c.eval_only, "top_p", whole
+    yield c.top_p > 1 or c.top_p < 1 and not c.eval_only, "top_p", "at most 1; less needs --eval_only"
     beyond = c.advantage_scale == "passk" and max(c.pass_k, c.pass_k_end) > size
     yield beyond, "pass_k pass_k_end", f"at most the {size} answers of a group"
     unscaled = chains and c.advantage_scale in ("loo", "passk")
@@ -414,13 +412,13 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield unpaired, "sketches", "takes another problem's: two, on one rank"
     beside = (c.num_direct or c.num_solutions > 1) and not task.two_stage
     yield beside, "num_direct num_solutions", "needs two stages"
-    yield c.explore == "stuck" and not c.num_direct, "explore", "needs --num_direct 1 or more"
-    across = chains and task.num_problems("train") > 1 and (c.baseline != "chain" or c.rarity)
+    yield c.explore == "stuck" and (grpo or not c.num_direct), "explore", "needs --num_direct 1 or more, --method sesa"
+    across = task.num_problems("train") > 1 and (c.rarity or chains and c.baseline != "chain")
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
     yield missing, "report_to", f"first pip install {c.report_to}"
     idle = (c.eval_only or not c.steps) and (c.push_to_hub or not c.eval_first)
-    yield idle, "push_to_hub eval_first", "nothing is trained; needs --steps above 0"
+    yield idle, "push_to_hub eval_first", "nothing is trained; needs --steps"
 
 
 def chain_credit(config: Config, task: tasks.Task) -> bool:
@@ -498,9 +496,7 @@ def load_policy(name: str, task: tasks.Task, prompts: str | None = None, weights
     default = vars(default_prompts(task, tiny=False))
     limits = dict(sketch=task.sketch_tokens, solution=task.solution_tokens)
     ours = dict(prompts=default, limits=limits) | notes(name)
-    # an earlier version had one more prompt, "list"
-    texts = {use: ours["prompts"].get(use, text) for use, text in default.items()}
-    ours["prompts"] = load_prompts(prompts, sesa.Prompts(**texts))
+    ours["prompts"] = load_prompts(prompts, sesa.Prompts(**{u: ours["prompts"].get(u, t) for u, t in default.items()}))
     policy = Policy(model, tokenizer, **ours)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(f"--model {name}: its output head has a bias, which the loss lacks")
@@ -515,13 +511,15 @@ def load_pretrained(path: Path, weights: bool) -> tuple[nn.Module, object]:
     if path.suffix == ".gguf":
         name, options = str(path.parent), dict(gguf_file=path.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    shape = transformers.AutoConfig.from_pretrained(name, **options)
+    # what is updated is what was sampled from
+    vars(shape).update({key: 0.0 for key in vars(shape) if "drop" in key})
     if not weights:
-        shape = transformers.AutoConfig.from_pretrained(name, **options)
         with torch.device("meta"):
             return auto.from_config(shape), tokenizer
     if options:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return auto.from_pretrained(name, dtype=torch.float32, **options), tokenizer
+    return auto.from_pretrained(name, config=shape, dtype=torch.float32, **options), tokenizer
 
 
 def default_prompts(task: tasks.Task, tiny: bool) -> sesa.Prompts:
@@ -678,7 +676,7 @@ class Run:
                 if step + 1 == config.steps or due(step + 1, config.eval_every):
                     row["eval"] = state["last"] = evaluate(self)
                     found = sesa.headline(state["last"])
-                    if found > state["best"]:
+                    if found > state["best"] and (last or due(step + 1, config.checkpoint_every)):
                         state |= dict(best=found, best_step=step + 1)
                 state["seconds"] = time.perf_counter() - began
                 folder.append("metrics.jsonl", row)
@@ -1090,11 +1088,10 @@ class RunFolder:
     def start(self, step: int) -> None:
         """Make the folder, or what was logged after `step` undone; from here on the run is seen."""
         with told(f"--output_dir {self.path} cannot be made", "give another"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "figures").mkdir(parents=True, exist_ok=True)
             if not self.held:
                 self.lock("xb")
-        if step == 0:
-            write_json(self.file, self.flags)
+        write_json(self.file, self.flags)
         for file in (self.path / "metrics.jsonl", self.path / "samples.jsonl"):
             # nor what a crash cut off
             kept = [json_line(row) for row in read_rows(file) if row["step"] <= step]
@@ -1256,7 +1253,7 @@ def json_line(row: dict) -> str:
 
 def read_rows(file: Path) -> list[dict]:
     """The rows of a file of one JSON object a line; [] without it. What is still being written is left out."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     return list(map(json.loads, lines))
 
 
@@ -1375,7 +1372,7 @@ def answer(config: Config) -> None:
     if not c.two_stage:
         c = filled(c, max_sketch_tokens=c.max_new_tokens)
     n, explorer = c.num_sketches, policy.explorer(question)
-    plan = plan_of(c, policy.token_limits(c), c.temperature, method="sesa", group_size=n)
+    plan = plan_of(c, policy.token_limits(c), c.temperature, method="sesa", group_size=n, num_direct=0)
     iid = ask(explorer, replace(plan, method="grpo"), c.seed)
     width = max(16, shutil.get_terminal_size().columns // 2 - 4)
     places = cycle(enumerate(iid, 1))
@@ -1429,7 +1426,6 @@ def write_rollouts(folder: Path) -> None:
     page, file = DATA / "rollouts.html", folder / "figures" / "rollouts.html"
     records = json.dumps(read_rows(folder / "samples.jsonl")).replace("<", "\\u003c")
     text = page.read_text(encoding="utf-8").replace("@@RECORDS@@", records)
-    file.parent.mkdir(exist_ok=True)
     file.write_text(text, encoding="utf-8")
 
 

@@ -211,6 +211,7 @@ def records() -> list[dict]:
 @pytest.fixture
 def page(tmp_path) -> Path:
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records()))
+    (tmp_path / "figures").mkdir()
     train.write_rollouts(tmp_path)
     return tmp_path / "figures" / "rollouts.html"
 

@@ -268,6 +268,28 @@ def test_random_operations_equal_recomputation(seed):
     assert sampler.cache_bytes == 0
 
 
+@pytest.mark.parametrize("room", [400, 600, 1200, 2600])
+def test_prompts_that_do_not_fit_together_wait_for_each_other(model, room):
+    """8 programs of 4 rows over a prompt of 200 tokens, with room for so many tokens; one row takes 320."""
+
+    def program(i):
+        [root] = sampler.prefill([[3 + (7 * i + t) % 40 for t in range(200)]])
+        rows = sampler.fork([root], 4)
+        sampler.release([root])
+        first = yield rows, SamplingParams(max_new_tokens=20), [100 * i + j for j in range(4)]
+        more = sampler.fork(rows[:2], 2)
+        sampler.release(rows)
+        second = yield more, SamplingParams(max_new_tokens=20), [1000 * i + j for j in range(4)]
+        sampler.release(more)
+        return tokens(first + second)
+
+    sampler = Sampler(model, [])
+    expected = sampler.run([program(i) for i in range(8)])
+    sampler = Sampler(model, [], memory_gb=room * sampler._memory.token_bytes / 1e9)
+    assert sampler.run([program(i) for i in range(8)]) == expected
+    assert sampler.cache_bytes == 0 and sampler.stats.evictions > 0
+
+
 def test_a_row_goes_on_after_forks_that_drew_from_its_last_state_alone(model):
     sampler = Sampler(model, [])
     [row] = sampler.prefill([[1, 2, 3]])
@@ -633,8 +655,8 @@ def test_wrong_input_is_named(model):
             lambda: sampler.sample([row], SamplingParams(max_new_tokens=2044), [1]),
             "5 tokens and 2044 new ones, of 2048 positions",
         ),
-        (lambda: sampler.sample([10_000], params, [1]), "row 10000 does not exist"),
-        (lambda: sampler.release([10_000]), "row 10000 does not exist"),
+        (lambda: sampler.sample([10_000], params, [1]), "row 10000 was never made"),
+        (lambda: sampler.release([10_000]), "row 10000 was never made"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message) as error:

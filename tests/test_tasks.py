@@ -696,6 +696,16 @@ def test_a_question_spelt_otherwise_does_not_leak_into_validation(tmp_path):
     assert all(sums) and not set.intersection(*sums)
 
 
+def test_a_score_that_is_no_outcome_is_named():
+    class Mine(tasks.Countdown):
+        def score(self, data, text):
+            return 0.0  # in place of an Outcome: it would be taken for nothing found, for ever
+
+    task = Mine()
+    with pytest.raises(ValueError, match="score returned 0.0, no Outcome"):
+        play(task, task.problems("train", 0)[0], ["<answer> 1 </answer>"])
+
+
 def test_a_validation_file_is_kept_apart(tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [{"question": f"q{i}", "answer": "Yes"} for i in range(20)])
     held = write_jsonl(tmp_path / "b.jsonl", [{"question": f"q{i}", "answer": "yes"} for i in range(15, 25)])
@@ -906,6 +916,7 @@ def test_options_of_reasoning_gym():
         ("sudoku", {"size": 6}, "size 6: must be 4 or 9"),
         ("sudoku", {"blanks": 16}, "blanks 16: must be between 1 and 10"),
         ("nowhere.py:Mine", {}, "no such file"),
+        ("train.py:Config", {}, "task train.py:Config: no such file or Task"),
     ],
 )
 def test_wrong_options_say_what_is_right(name, options, text):

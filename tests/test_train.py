@@ -23,7 +23,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, OPTConfig
 
 import rl
 import sesa
@@ -237,6 +237,21 @@ def test_an_update_sees_the_distribution_that_was_sampled_from_and_no_dropout():
     assert len(set(seen)) == 1
 
 
+def test_a_pretrained_model_is_loaded_without_dropout(tmp_path):
+    """Recomputation needs the mode of training, in which OPT's layers drop out by themselves."""
+    for shape in (
+        GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2),
+        OPTConfig(vocab_size=50, max_position_embeddings=32, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
+                  num_attention_heads=2, word_embed_proj_dim=16),
+    ):  # fmt: skip
+        AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / shape.model_type)
+        train.word_tokenizer(["a"]).save_pretrained(tmp_path / shape.model_type)
+        model, _ = train.load_pretrained(tmp_path / shape.model_type, weights=True)
+        ids = torch.arange(20)[None]
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits), shape.model_type
+
+
 def test_guesses_at_several_problems_are_evaluated_problem_by_problem(toys, tmp_path):
     many = tmp_path / "many.py"
     text = Path(toys["letters"]["task"].partition(":")[0]).read_text()
@@ -359,6 +374,11 @@ def test_only_the_last_checkpoints_and_the_best_are_kept(toys, tmp_path):
     best = scores.index(max(scores)) + 1
     kept = {int(p.name.removeprefix("step_")) for p in (out / "checkpoints").iterdir()}
     assert kept == {5, 6, best}
+    # the best is one of those that were saved
+    out = run(tmp_path / "seldom", **options | dict(checkpoint_every=4, keep_checkpoints=1))
+    saved = {int(p.name.removeprefix("step_")) for p in (out / "checkpoints").iterdir()}
+    state = json.loads((out / "checkpoints" / "step_6" / "training_state" / "position.json").read_text())
+    assert state["best_step"] in saved <= {4, 6}
 
 
 def test_evaluating_a_checkpoint_gives_the_numbers_of_the_run(toys, tmp_path):
@@ -624,8 +644,8 @@ def test_what_a_crash_left_half_written_is_dropped(toys, tmp_path, monkeypatch):
         run(tmp_path / "run", **toys["letters"])
     monkeypatch.undo()
     for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(tmp_path / "run" / name, "a") as file:
-            file.write('{"step": 4, "rew')
+        with open(tmp_path / "run" / name, "ab") as file:
+            file.write('{"step": 4, "text": "京'.encode()[:-1])  # within a character
     assert_same_run(run(tmp_path / "run", **toys["letters"] | dict(resume=True)), whole)
 
 
@@ -660,6 +680,7 @@ def test_a_finished_run_can_be_resumed_for_more_steps(toys, tmp_path):
     run(out, **toys["letters"] | dict(resume=True, steps=6))
     assert rows(out)[:4] == before and [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
+    assert json.loads((out / "config.json").read_text())["steps"] == 6  # --compare takes it for no seed of shorter runs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,10 +787,12 @@ def test_the_solvers_sketch_helps_and_another_problems_does_not(name, options):
         ("--learning_rate nan", "--learning_rate nan"),
         ("--kl_coef nan", "--kl_coef nan"),
         ("--minibatches 17", "--minibatches 17: at most"),
-        ("--top_p 0.9", "--top_p 0.9: the loss trains the whole distribution"),
+        ("--top_p 0.9", "--top_p 0.9: at most 1; less needs --eval_only"),
         ("--top_p 0", "--top_p 0.0: must be above 0"),
         ("--method grpo --advantage_scale passk --pass_k 99", "--pass_k 99, --pass_k_end 99: at most"),
         ("--task countdown --num_sketches 4 --explore stuck", "--explore stuck: needs --num_direct 1 or more"),
+        ("--task countdown --method grpo --explore stuck --num_direct 3", "--explore stuck: needs --num_direct 1 or"),
+        ("--task countdown --rarity 0.5", "--baseline position, --rarity 0.5: different problems are not comparable"),
         ("--num_solutions 2", "--num_direct 0, --num_solutions 2: needs two stages"),
         ("--task_options name=mine", "has no option 'name'"),
         ("--num_direct 2", "--num_direct 2, --num_solutions 1: needs two stages"),
