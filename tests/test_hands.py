@@ -121,7 +121,7 @@ def test_a_question_from_stdin(chat_model, capsys, monkeypatch):
         (dict(ask=" "), "--ask: the question is empty"),
         (dict(ask="Name a fruit.", model="tiny"), "--model tiny: question has no closed vocabulary"),
         (dict(ask="Name a fruit.", num_sketches=0), "--num_sketches 0: must be above 0"),
-        (dict(ask="Name a fruit.", top_p=0.0), "top_p=0.0: must be in (0, 1]"),
+        (dict(ask="Name a fruit.", top_p=0.0), "--top_p 0.0: must be above 0"),
         (dict(ask="Name a fruit.", max_new_tokens=4000), "the model has 1024 positions"),
         (dict(ask="Name a vegetable."), "has words unknown to the model"),
     ],

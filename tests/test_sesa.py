@@ -491,7 +491,7 @@ def test_a_rollout_leaves_no_rows_behind():
             explorer.rollout(PLACED, replace(PLAN, **change), (0,))
             [newest] = explorer.sampler.prefill([[1]])  # rows are numbered as they are made
             for row in range(newest):
-                with pytest.raises(ValueError, match="does not exist"):
+                with pytest.raises(ValueError, match="was never made, or was released"):
                     explorer.sampler.length(row)
             explorer.sampler.release([newest])
 

@@ -981,5 +981,5 @@ def test_a_task_of_your_own(tmp_path):
     for problem, sketches, turns in islice(task.demonstrations(random.Random(0)), 20):
         assert play(task, problem, turns).success and not play(task, problem, ["<answer> a </answer>"]).valid
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
-    with pytest.raises(ValueError, match="Missing: no such file, or no such class"):
+    with pytest.raises(ValueError, match="Missing: no such file or Task"):
         make_task(f"{file}:Missing")
