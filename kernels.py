@@ -115,7 +115,7 @@ def token_stats(
     >>> [round(x.item(), 4) for x in stats]                     # ln(1/4), ln 4, ln((3 + e) / 4) - 1/4, -ln(3 + e)
     [-1.3863, 1.3863, 0.1074, -1.7437]
     """
-    _require(logits.ndim == 2, f"logits has shape {tuple(logits.shape)}, it must be [tokens, vocabulary]: flatten it")
+    _require(logits.ndim == 2, f"logits has shape {tuple(logits.shape)}: flatten it to [tokens, vocabulary]")
     _require(logits.dtype in (torch.float32, torch.float16, torch.bfloat16),
              f"logits is {logits.dtype}, it must be float32, float16 or bfloat16: cast it")
     _require(ref_logits is None or ref_logits.shape == logits.shape,
@@ -205,7 +205,7 @@ def _linear_inputs(hidden, weight, ref_hidden, ref_weight, targets, temperature,
             break
         _require(h.ndim == w.ndim == 2 and h.shape[1] == w.shape[1] and h.dtype == w.dtype,
                  f"{name}hidden is {h.dtype} {tuple(h.shape)}, {name}weight {w.dtype} {tuple(w.shape)}, "
-                 "they must be [tokens, width] and [vocabulary, width] of one dtype")
+                 "flatten or cast to [tokens, width], [vocabulary, width] of one dtype")
         _require((len(h), len(w)) == (len(hidden), len(weight)),
                  f"the reference has {len(h)} tokens and a vocabulary of {len(w)}, the policy "
                  f"{len(hidden)} and {len(weight)}: they must be equal")

@@ -170,7 +170,7 @@ class Sampler:
         """One new row per prompt. Nothing is computed before the first sampling step."""
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
-                raise ValueError(f"prompt {i} is empty: give a token or more")
+                raise ValueError(f"prompt {i} is empty: give a token")
             self._check_ids(prompt)
         return [self._add(_Segment(list(prompt), base=0)) for prompt in prompts]
 
@@ -196,7 +196,7 @@ class Sampler:
         for row, length in zip(rows, lengths, strict=True):
             now = self._leaf(row).length
             if not 1 <= length <= now:
-                raise ValueError(f"rewind row {row} to length {length}: it has {now} tokens, keep 1 or more")
+                raise ValueError(f"rewind row {row} to length {length}: keep 1 to {now}")
             if length < now:
                 self._cut(row, length)
 
@@ -290,7 +290,7 @@ class Sampler:
         completions = drafts and [Completion(draft.ids, draft.logps, draft.finish_reason) for draft in drafts]
         rows, params, seeds = program.send(completions)
         if len(rows) != len(seeds):
-            raise ValueError(f"{len(rows)} rows but {len(seeds)} seeds: every row needs one")
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} rows: one for each")
         for row in rows:
             self._check_length(row, params)
             self._busy.add(row)
@@ -411,7 +411,7 @@ class Sampler:
         if row not in self._rows:
             raise ValueError(f"row {row!r} was never made, or was released")
         if row in self._busy and not busy:
-            raise ValueError(f"row {row} is being sampled: wait, or fork it beforehand")
+            raise ValueError(f"row {row} is being sampled: wait, or fork it")
         return self._rows[row]
 
     def _add(self, segment: _Segment) -> int:

@@ -1362,7 +1362,7 @@ def ask(explorer: sesa.Explorer, plan: sesa.Plan, seed: int = 0) -> list[dict]:
 
 def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
-    c = filled(config, **ANSWERS | dict(num_sketches=8))
+    c = filled(replace(config, num_direct=0, num_solutions=1, sketches="sequential"), **ANSWERS | dict(num_sketches=8))
     check(c, ranges(c))
     question = Question((sys.stdin.read() if c.ask == "-" else c.ask).strip(), c.two_stage)
     ranks = Ranks.start(c.device)
@@ -1372,7 +1372,7 @@ def answer(config: Config) -> None:
     if not c.two_stage:
         c = filled(c, max_sketch_tokens=c.max_new_tokens)
     n, explorer = c.num_sketches, policy.explorer(question)
-    plan = plan_of(c, policy.token_limits(c), c.temperature, method="sesa", group_size=n, num_direct=0)
+    plan = plan_of(c, policy.token_limits(c), c.temperature, method="sesa", group_size=n)
     iid = ask(explorer, replace(plan, method="grpo"), c.seed)
     width = max(16, shutil.get_terminal_size().columns // 2 - 4)
     places = cycle(enumerate(iid, 1))

@@ -86,6 +86,8 @@ def test_the_answers_as_json(two_stage, chat_model, capsys):
         assert len(answers) == 3 and all(len(a["text"].split()) <= 6 for a in answers)
         assert found["different"][kind] == len({a["key"] for a in answers if a["key"]})
         assert all((a["sketch"] is not None) == (two_stage and kind == "sequential") for a in answers)
+    # of training: here a sketch has one answer, and nothing is beside them
+    assert json.loads(asked(capsys, **options, num_solutions=2, num_direct=2, sketches="iid")) == found
 
 
 def test_every_answer_of_a_chain_sees_those_before_it(chat_model):

@@ -649,7 +649,7 @@ def test_wrong_input_is_named(model):
         (lambda: sampler.fork([row], 0), "n=0"),
         (lambda: sampler.rewind([row], [0]), "length 0"),
         (lambda: sampler.rewind([row], [6]), "length 6"),
-        (lambda: sampler.sample([row], params, [1, 2]), "1 rows but 2 seeds"),
+        (lambda: sampler.sample([row], params, [1, 2]), "2 seeds for 1 rows"),
         (lambda: sampler.sample([row, row], params, [1, 2]), "is being sampled"),
         (
             lambda: sampler.sample([row], SamplingParams(max_new_tokens=2044), [1]),
