@@ -266,6 +266,7 @@ class Sampler:
                         waiting.appendleft(active.pop())
                         # no new rows until one has finished
                         room = len(active)
+                    # nothing was drawn since all was evicted
                     elif drawn == (drawn := self.stats.generated_tokens):
                         raise
                     else:
