@@ -35,7 +35,6 @@ import copy
 import heapq
 import inspect
 import math
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -103,8 +102,6 @@ class Stats:
     forwards: int = 0
     # rows whose keys and values were given up because the memory budget was full
     evictions: int = 0
-    # inside `run` and `sample`, the programs' own time included
-    seconds: float = 0.0
 
 
 Program = Generator[tuple[Sequence[int], SamplingParams, Sequence[int]], list[Completion], Any]
@@ -236,7 +233,7 @@ class Sampler:
         and what it yields next joins the batch. Returns what each program returned. If anything is raised (Ctrl-C
         included) the programs are closed and the rows made since the call are released.
         """
-        began, first_row, room = time.perf_counter(), self._next_row, self.max_rows
+        first_row, room = self._next_row, self.max_rows
         results = [None] * len(programs)
         # by program: the drafts that it waits for, None before it has begun
         requests: dict[int, list[_Draft] | None] = dict.fromkeys(range(len(programs)))
@@ -278,8 +275,6 @@ class Sampler:
                 program.close()
             self.release([row for row in self._rows if row >= first_row])
             raise
-        finally:
-            self.stats.seconds += time.perf_counter() - began
         return results
 
     def _resume(self, program: Program, drafts: list[_Draft] | None) -> list[_Draft]:

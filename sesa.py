@@ -423,7 +423,8 @@ class Explorer:
         """The most tokens that a conversation about the problem can take, in Stage I or II, or without sketches.
         Observations are counted as if they were as long as the problem."""
         sketch, again = plan.sketch_params.max_new_tokens, self.chat.following(self.text(self.prompts.next))
-        chain = len(self.prompt("sketch", problem)) + (plan.num_sketches + plan.num_direct) * (sketch + 1 + len(again))
+        turns = plan.num_sketches + plan.num_direct
+        chain = len(self.prompt("sketch", problem)) + turns * (sketch + 1 + len(again))
         if not self.task.two_stage:
             return chain
         observed = self.chat.following(self.text(self.prompts.turn, observation=problem.text))

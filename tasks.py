@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from itertools import accumulate, count, islice, permutations, product, takewhile
-from math import isqrt
+from math import isfinite, isqrt
 from operator import add, eq, itemgetter, mul, sub, truediv
 from pathlib import Path
 from statistics import fmean
@@ -109,8 +109,8 @@ class SingleTurn:
 
     def act(self, text: str) -> bool:
         self.result = self.result or self.score(self.problem.data, text)
-        if not isinstance(self.result, Outcome):
-            raise ValueError(f"score returned {self.result!r}, no Outcome")
+        if not isinstance(self.result, Outcome) or not isfinite(self.result.reward):
+            raise ValueError(f"score returned {self.result!r}, no finite Outcome")
         return True
 
     def outcome(self) -> Outcome:
@@ -1080,8 +1080,8 @@ def make_task(name: str, /, **options) -> Task:
             names = f"{', '.join(TASKS)}, jsonl:FILE, gym:NAME, FILE.py:CLASS"
             raise ValueError(f"task {name!r}: must be one of {names}")
         return cls(**check_options(name, cls, options))
-    except ImportError as error:
-        raise ValueError(f"task {name!r}: {error}; install it with pip") from None
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"task {name!r}: {error}; mend it, or pip install it") from None
 
 
 def load_class(path: str, name: str) -> type:

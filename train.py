@@ -412,7 +412,8 @@ def rules(config: Config, task: tasks.Task) -> Verdicts:
     yield unpaired, "sketches", "takes another problem's: two, on one rank"
     beside = (c.num_direct or c.num_solutions > 1) and not task.two_stage
     yield beside, "num_direct num_solutions", "needs two stages"
-    yield c.explore == "stuck" and (grpo or not c.num_direct), "explore", "needs --num_direct 1 or more, --method sesa"
+    blind = c.explore == "stuck" and (grpo or not c.num_direct)
+    yield blind, "explore", "needs --num_direct 1 or more, --method sesa"
     across = task.num_problems("train") > 1 and (c.rarity or chains and c.baseline != "chain")
     yield across, "baseline rarity", "different problems are not comparable; use chain and 0"
     missing = c.report_to != "none" and not importlib.util.find_spec(c.report_to)
@@ -1101,8 +1102,9 @@ class RunFolder:
     def append(self, name: str, *rows: dict) -> None:
         if self.ranks.rank > 0:
             return
-        with told(f"{self.path / name} cannot be written", ROOM), open(self.path / name, "a", encoding="utf-8") as file:
-            file.writelines(map(json_line, rows))
+        file = self.path / name
+        with told(f"{file} cannot be written", ROOM), open(file, "a", encoding="utf-8") as out:
+            out.writelines(map(json_line, rows))
 
     def checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step_{step}"
@@ -1362,7 +1364,8 @@ def ask(explorer: sesa.Explorer, plan: sesa.Plan, seed: int = 0) -> list[dict]:
 
 def answer(config: Config) -> None:
     """--ask: the chain as it is drawn, beside as many i.i.d. answers."""
-    c = filled(replace(config, num_direct=0, num_solutions=1, sketches="sequential"), **ANSWERS | dict(num_sketches=8))
+    plain = replace(config, num_direct=0, num_solutions=1, sketches="sequential")
+    c = filled(plain, **ANSWERS | dict(num_sketches=8))
     check(c, ranges(c))
     question = Question((sys.stdin.read() if c.ask == "-" else c.ask).strip(), c.two_stage)
     ranks = Ranks.start(c.device)

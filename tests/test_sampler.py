@@ -737,7 +737,7 @@ def test_stats_can_be_reset(model):
     sampler.sample(sampler.prefill([[1, 2, 3]]), SamplingParams(max_new_tokens=4), [0])
     stats = sampler.stats
     assert (stats.prefill_tokens, stats.decode_tokens, stats.generated_tokens) == (3, 3, 4)
-    assert (stats.decode_steps, stats.forwards) == (4, 4) and stats.seconds > 0
+    assert (stats.decode_steps, stats.forwards) == (4, 4)
     (row,) = sampler.prefill([[1, 2, 3]])
     sampler.sample([row], SamplingParams(max_new_tokens=2), [0])  # given 3, sampled and computed 1
     sampler.sample(sampler.fork([row], 1), SamplingParams(max_new_tokens=1), [0])  # computes the last sampled token

@@ -696,13 +696,14 @@ def test_a_question_spelt_otherwise_does_not_leak_into_validation(tmp_path):
     assert all(sums) and not set.intersection(*sums)
 
 
-def test_a_score_that_is_no_outcome_is_named():
+@pytest.mark.parametrize("returned", [0.0, Outcome(float("nan"), False, "a", True)])
+def test_a_score_that_cannot_be_trained_on_is_named(returned):
     class Mine(tasks.Countdown):
         def score(self, data, text):
-            return 0.0  # in place of an Outcome: it would be taken for nothing found, for ever
+            return returned  # would be taken for nothing found, or skip every update, for ever
 
     task = Mine()
-    with pytest.raises(ValueError, match="score returned 0.0, no Outcome"):
+    with pytest.raises(ValueError, match="score returned .*, no finite Outcome"):
         play(task, task.problems("train", 0)[0], ["<answer> 1 </answer>"])
 
 
@@ -983,3 +984,9 @@ def test_a_task_of_your_own(tmp_path):
         assert {word for text in (problem.text, *sketches, *turns) for word in text.split()} <= set(task.words)
     with pytest.raises(ValueError, match="Missing: no such file or Task"):
         make_task(f"{file}:Missing")
+
+
+def test_a_task_that_python_cannot_read_is_named_with_its_line(tmp_path):
+    (file := tmp_path / "mine.py").write_text("class Mine\n    pass\n")
+    with pytest.raises(ValueError, match="mine.py:Mine.*mine.py, line 1"):
+        make_task(f"{file}:Mine")
