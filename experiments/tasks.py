@@ -8,13 +8,14 @@ Every arm of a task starts from the same warm-started base and gets the same num
 x 8 a step (or 32 x 4, 64 x 2); what sketches cost in tokens and seconds is in the table. Success is that of the plain
 prompt, without a sketch, on 512 validation problems x 8 answers that are the same for all, at five points of training.
 "In sequence": 8 answers to each problem, each after a sketch that sees the sketches before it; not measured where an
-arm draws fewer. One (task, arm, seed) is one run of train.py, resumed if it was interrupted; its result is one line of
-tasks.jsonl, which counts as long as its flags are those below.
+arm draws fewer. "Above GRPO": see `frontier`. One (task, arm, seed) is one run of train.py, resumed if it was
+interrupted; its result is one line of tasks.jsonl, which counts as long as its flags are those below.
 """
 
 import argparse
 import math
 import statistics
+from operator import itemgetter
 from pathlib import Path
 
 import runs
@@ -101,11 +102,54 @@ def run(task: str, arm: str, seed: int, folder: Path) -> None:
     runs.append(RESULTS, dict(task=task, arm=arm, seed=seed, flags=flags(task, arm, seed)) | row)
 
 
+def line(rows: dict, task: str, arm: str) -> list[tuple[float, float]]:
+    """(pass@1, pass@8), %, of an arm at each evaluation, in the mean over its seeds."""
+    curves = [row["curve"] for (*cell, _), row in rows.items() if cell == [task, arm] and "curve" in row]
+    points = ([point(evaluation) for evaluation in at_once] for at_once in zip(*curves, strict=True))
+    return [tuple(map(statistics.fmean, zip(*seeds, strict=True))) for seeds in points]
+
+
+def point(evaluation: dict) -> tuple[float, float]:
+    return 100 * evaluation["iid"]["avg@n"], 100 * evaluation["iid"]["pass@k"]["8"]
+
+
+def frontier(rows: dict, task: str) -> list[tuple[float, float]]:
+    """What GRPO reaches without SESA's rewards: the upper hull of all points of the lines of its arms, from the highest
+    one on. Between two of its corners lies a coin for each problem, which of two policies answers it: pass@1 and pass@8
+    of that are means of theirs."""
+    plain = {arm for t, arm, _ in rows if t == task and arm.startswith("grpo") and "zero" not in arm}
+    hull: list[tuple[float, float]] = []
+    for new in sorted({p for arm in plain for p in line(rows, task, arm)}):
+        while len(hull) > 1 and is_below(hull[-1], hull[-2], new):
+            hull.pop()
+        hull.append(new)
+    return hull[hull.index(max(hull, key=itemgetter(1))) :]
+
+
+def is_below(p: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> bool:
+    """Whether p is not above the straight line between the others."""
+    return (p[1] - left[1]) * (right[0] - left[0]) <= (right[1] - left[1]) * (p[0] - left[0])
+
+
+def above(hull: list[tuple[float, float]], x: float, y: float) -> float:
+    """How far pass@8 = y is above the frontier at pass@1 = x; beyond its ends, above the nearest.
+
+    >>> above([(40.0, 90.0), (60.0, 80.0)], 50.0, 86.0)
+    1.0
+    """
+    x = min(max(x, hull[0][0]), hull[-1][0])
+    for (a, high), (b, low) in zip(hull, hull[1:], strict=False):
+        if a <= x <= b:
+            return y - high - (low - high) * (x - a) / (b - a)
+    return y - hull[0][1]
+
+
 def table(rows: dict) -> str:
-    head = ["arm", "pass@1", "pass@8", "different right of 8", "pass@8 in sequence", "valid", "tokens, k", "seconds"]
+    head = ["arm", "pass@1", "pass@8", "pass@8 above GRPO", "different right of 8", "pass@8 in sequence", "valid"]
+    head += ["tokens, k", "seconds"]
     parts = []
     for task in TASKS:
-        lines, base = [], {}
+        lines, base, hull = [], {}, frontier(rows, task)
         for arm, (_, title) in ARMS.items():
             mine = {seed: row for (*cell, seed), row in sorted(rows.items()) if cell == [task, arm]}
             good = {seed: row for seed, row in mine.items() if "curve" in row}
@@ -114,23 +158,25 @@ def table(rows: dict) -> str:
             if good:
                 cost = [f"{statistics.fmean(row['generated_tokens'] for row in good.values()) / 1e3:.0f}"]
                 cost += [f"{statistics.fmean(row['seconds'] for row in good.values()):.0f}", command]
-                lines.append([title, *cells([row["curve"][-1] for row in good.values()]), *cost])
+                lines.append([title, *cells([row["curve"][-1] for row in good.values()], hull), *cost])
             for seed, row in mine.items():
                 if "failed" in row:
-                    lines.append([f"{title}, seed {seed}", f"failed: {row['failed']}", *[""] * 6, command])
+                    lines.append([f"{title}, seed {seed}", f"failed: {row['failed']}", *[""] * 7, command])
         if base:
             one = next(iter(base.values()))
-            measured = cells([base[seed]["curve"][0] for seed in sorted(base)])
+            measured = cells([base[seed]["curve"][0] for seed in sorted(base)], hull)
             lines.insert(0, ["the base, before training", *measured, "-", "-", "-"])
             title = f"**{task}** (%; floor {100 * one['floor']:.1f}, ceiling {100 * one['ceiling']:.1f})"
             parts.append(f"{title}\n\n{runs.table([*head, 'again'], lines)}")
     return "\n".join(parts)
 
 
-def cells(points: list[dict]) -> list[str]:
+def cells(points: list[dict], hull: list[tuple[float, float]]) -> list[str]:
+    once, of_8 = zip(*map(point, points), strict=True)
     measured = [
-        ([100 * p["iid"]["avg@n"] for p in points], ".1f"),
-        ([100 * p["iid"]["pass@k"]["8"] for p in points], ".1f"),
+        (once, ".1f"),
+        (of_8, ".1f"),
+        ([above(hull, x, y) for x, y in zip(once, of_8, strict=True)], "+.1f"),
         ([p["iid"].get("unique_success", math.nan) for p in points], ".2f"),
         ([100 * p["sequential"]["pass@k"].get("8", math.nan) for p in points], ".1f"),
         ([100 * p["iid"]["valid"] for p in points], ".0f"),
@@ -152,24 +198,23 @@ def draw(rows: dict) -> None:
     for axis, task in zip(axes.flat, shown, strict=False):
         names[axis] = []
         for arm in ARMS:
-            curves = [row["curve"] for (t, a, _), row in rows.items() if (t, a) == (task, arm) and "curve" in row]
-            if not curves:
+            seeds = sum(cell[:2] == (task, arm) and "curve" in row for cell, row in rows.items())
+            if not seeds:
                 continue
-            points = [
-                [100 * statistics.fmean(pick(p["iid"]) for p in at) for at in zip(*curves, strict=True)]
-                for pick in (lambda e: e["avg@n"], lambda e: e["pass@k"]["8"])
-            ]
+            points = list(zip(*line(rows, task, arm), strict=True))
             color = next(color for start, (color, _) in FAMILIES.items() if arm.startswith(start))
             axis.plot(*points, "--" if "grpo" in arm else "-", color=color, linewidth=0.7, alpha=0.6)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
             axis.plot(points[0][-1], points[1][-1], "o", color=color, markersize=5)
-            name = arm if len(curves) > 2 else f"{arm}, seeds: {len(curves)}"
+            name = arm if seeds > 2 else f"{arm}, seeds: {seeds}"
             names[axis].append((points[1][-1], points[0][-1], name))
+        axis.plot(*zip(*frontier(rows, task), strict=True), "k:", linewidth=1.5)
         axis.set(title=f"{task}, 3 seeds or more", xlabel="pass@1, %", ylabel="pass@8, %")
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(shown) :]:
         axis.remove()
+    axes.flat[0].plot([], "k:", label="what GRPO's policies reach, and a coin between two of them")
     for color, title in FAMILIES.values():
         axes.flat[0].plot([], "o", color=color, label=title)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
