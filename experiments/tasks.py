@@ -8,8 +8,9 @@ Every arm of a task starts from the same warm-started base and gets the same num
 x 8 a step (or 32 x 4, 64 x 2); what sketches cost in tokens and seconds is in the table. Success is that of the plain
 prompt, without a sketch, on 512 validation problems x 8 answers that are the same for all, at five points of training.
 "In sequence": 8 answers to each problem, each after a sketch that sees the sketches before it; not measured where an
-arm draws fewer. "Above GRPO": see `frontier`. One (task, arm, seed) is one run of train.py, resumed if it was
-interrupted; its result is one line of tasks.jsonl, which counts as long as its flags are those below.
+arm draws fewer. "Above GRPO": see `frontier`. "Transfer gap": success after sketches in sequence less that of the plain
+prompt. One (task, arm, seed) is one run of train.py, resumed if it was interrupted; its result is one line of
+tasks.jsonl, which counts as long as its flags are those below.
 """
 
 import argparse
@@ -145,8 +146,8 @@ def above(hull: list[tuple[float, float]], x: float, y: float) -> float:
 
 
 def table(rows: dict) -> str:
-    head = ["arm", "pass@1", "pass@8", "pass@8 above GRPO", "different right of 8", "pass@8 in sequence", "valid"]
-    head += ["tokens, k", "seconds"]
+    head = ["arm", "pass@1", "pass@8", "pass@8 above GRPO", "different right of 8", "pass@8 in sequence"]
+    head += ["transfer gap", "valid", "tokens, k", "seconds"]
     parts = []
     for task in TASKS:
         lines, base, hull = [], {}, frontier(rows, task)
@@ -161,7 +162,7 @@ def table(rows: dict) -> str:
                 lines.append([title, *cells([row["curve"][-1] for row in good.values()], hull), *cost])
             for seed, row in mine.items():
                 if "failed" in row:
-                    lines.append([f"{title}, seed {seed}", f"failed: {row['failed']}", *[""] * 7, command])
+                    lines.append([f"{title}, seed {seed}", f"failed: {row['failed']}", *[""] * 8, command])
         if base:
             one = next(iter(base.values()))
             measured = cells([base[seed]["curve"][0] for seed in sorted(base)], hull)
@@ -179,6 +180,7 @@ def cells(points: list[dict], hull: list[tuple[float, float]]) -> list[str]:
         ([above(hull, x, y) for x, y in zip(once, of_8, strict=True)], "+.1f"),
         ([p["iid"].get("unique_success", math.nan) for p in points], ".2f"),
         ([100 * p["sequential"]["pass@k"].get("8", math.nan) for p in points], ".1f"),
+        ([100 * (p["sequential"]["avg@n"] - p["iid"]["avg@n"]) for p in points], "+.1f"),
         ([100 * p["iid"]["valid"] for p in points], ".0f"),
     ]
     known = [([v for v in values if not math.isnan(v)], form) for values, form in measured]
