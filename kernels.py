@@ -1,7 +1,8 @@
 """Log-prob, entropy and exact KL of every token, from logits or straight from hidden states: plain torch and Triton.
 
-The [N, V] logits are where RL of language models runs out of memory and time. A loss needs four numbers per token, so
-four numbers per token are what this file returns; ratios, clipping, k1/k3 and advantages stay in torch on [N].
+The [N, V] logits are where RL of language models runs out of memory and time. A loss needs four numbers per token
+(those and the reference's log-prob), so four are what this file returns; ratios, clipping, k1/k3 and advantages stay in
+torch on [N].
 
 Legend: N tokens, V vocabulary, H hidden width, C tokens of a chunk; x logits, t = softcap(x) / temperature the scaled
 logits, p = softmax(t); u and q are t and p of the reference policy; y the target. For every row

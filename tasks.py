@@ -10,8 +10,8 @@ A task gives problems, plays them and scores what a policy writes. One episode:
 
 Two promises hold for every task. *Verifiers are total*: any string of any length gives an Outcome in bounded time, the
 scan is linear, an extracted answer over 4 KB is invalid unread, and nothing a policy wrote is ever executed. *Splits
-are disjoint by construction*: a hash of the canonical problem decides whether it belongs to train or to validation,
-whatever the seed.
+are disjoint by construction*, where there is more than one problem: a hash of the canonical problem decides whether it
+belongs to train or to validation, whatever the seed; from records, what a validation source asks is left out of train.
 
 Texts have white space between all words of `task.words`, so that a tiny policy with one token per word can read and
 write them; verifiers ignore white space where it means nothing.

@@ -46,6 +46,7 @@ ARMS = {
     "base": {
         "sesa": (BASE, "**SESA**: chains of 16, each guess sees those before it; `distill`, coefficient 0.3", None),
         "sesa-keep": (f"{BASE} {KEEP}", "SESA, `keep`: trained in the chain only", None),
+        "sesa-drop": (f"{BASE} --sketch_context drop", "SESA, `drop`: trained without the chain (the paper)", None),
         "sesa-distill-1": (f"{BASE} --distill_coef 1", "SESA, `distill`, coefficient 1", None),
         "sesa-iid": (f"{BASE} {KEEP} --sketches iid", "order control: `keep`, but no guess sees another", None),
         "sesa-placebo": (f"{BASE} {KEEP} --sketches placebo", "order control: `keep`, each sees another chain's", None),

@@ -262,14 +262,15 @@ Weights travel in fp32 in the update; gradient checkpointing; micro-batches of t
 CONCLUSION = """
 The serial stage reads the weights K * L_s times, however few problems a GPU has; the rest of the step grows with them
 until the rows of a GPU make a forward compute-bound. The last column is the P (of all GPUs) from which Stage I takes
-less than a tenth of the step. Gathering the weights in every micro-batch is what costs beyond one node: shard within a
-node (`--shard_ranks 8`) or raise `--micro_batch_tokens`. Gradients are counted whole, for they are added up over
-micro-batches before they travel once: that is what does not fit for 32B.
+less than a tenth of the step. Gathering the weights in every micro-batch is half of a step of 7B within a node and nine
+tenths of it beyond: shard within a node (`--shard_ranks 8`) or raise `--micro_batch_tokens`. Gradients are counted
+whole, for they are added up over micro-batches before they travel once: that, and the whole copy that samples, is what
+does not fit for 32B.
 """
 CHECK = """
 ## Checked: what travels, measured on gloo processes of this machine
 
-One step of the tiny policy (4 layers, width 64); whole tensors of floats. Tokens are the same on any number of
+One step of a policy of 4 layers, width 64; whole tensors of floats. Tokens are the same on any number of
 processes; weights a process fall as 1/N.
 """
 
