@@ -20,8 +20,8 @@ deviate from it, or chose what it leaves open:
     these factors an answer weighs the same in either context (rl.set_token_weights). The KL is taken in the context of
     the loss. Sketches of a two-stage task are not trained.
  2. Where the sketches are the answers (the synthetic task), there is no Stage II. P chains of K guesses are drawn. A
-    guess is trained in its chain, its finds also alone ("distill"; with "drop" the policy unlearns what a valid answer
-    is); a repeat within a chain earns 0 (repeats="zero").
+    guess is trained in its chain, its finds also alone ("distill"; with "drop" the chain does not learn to spread); a
+    repeat within a chain earns 0 (repeats="zero").
  3. There, the baseline is the mean over the chains at the same position, for late guesses are harder than early ones,
     and nothing is divided by the std.
  4. There, a success found by n chains of the batch earns n ** -rarity, so that what few chains found is not drowned by

@@ -9,9 +9,9 @@ The task is one class of thirty lines, as the README asks for, and runs by itsel
     python train.py --task experiments/states.py:States --model Qwen/Qwen2.5-0.5B-Instruct
 
 Every right answer earns the same. `base`: 20 steps of 32 guesses from the model, or 50 of 64, no KL. `recover`: from
-what GRPO ended with after 20, 12 steps more. The unit is the number of different states in k draws (windows of 160 or
-320 guesses, 20 chains); k i.i.d. draws cannot name more than 50 (1 - (1 - 1/50)^k), whatever they are drawn from: 7.5
-in 8, 13.8 in 16.
+what GRPO ended with after 20, 12 steps more; `deep`: after 40. The unit is the number of different states in k draws
+(windows of 160 or 320 guesses, 20 chains); k i.i.d. draws cannot name more than 50 (1 - (1 - 1/50)^k), whatever they
+are drawn from: 7.5 in 8, 13.8 in 16.
 """
 
 import argparse
@@ -80,11 +80,14 @@ ARMS = {
         "grpo": ("--method grpo", "GRPO"),
     },
 }
+ARMS["deep"] = ARMS["recover"]
+STARTS = dict(recover=20, deep=40)  # steps of GRPO that they go on from
 COMMON = """--task experiments/states.py:States --problems_per_step 4 --num_sketches 8 --learning_rate 3e-5
     --warmup_steps 3 --kl_coef 0 --eval_samples 160 --eval_k 1 8 16 50 160 --sample_every 1 --keep_checkpoints 1"""
 STEPS = dict(
     base="--steps 20 --eval_every 20 --checkpoint_every 20",
     recover="--steps 12 --eval_every 6 --checkpoint_every 6",
+    deep="--steps 12 --eval_every 6 --checkpoint_every 6",
 )
 
 
@@ -99,16 +102,21 @@ def shared(seed: int, model: str, folder: Path) -> list[str]:
     return ["--seed", str(seed), "--prompts", str(prompts), "--model", model]
 
 
-def restart(seed: int, model: str, folder: Path) -> None:
+def start(stage: str, seed: int, folder: Path) -> Path:
+    return folder / f"start-{STARTS[stage]}-{seed}"
+
+
+def restart(stage: str, seed: int, model: str, folder: Path) -> None:
     """GRPO once more as in `base`, without evaluations: where the recovery starts from."""
     flags = f"{COMMON} {STEPS['base']} {ARMS['base']['grpo'][0]} --eval_every 0 --no_eval_first".split()
-    runs.train(folder / f"start-{seed}", [*flags, *shared(seed, model, folder)])
+    flags += ["--steps", str(STARTS[stage])]
+    runs.train(start(stage, seed, folder), [*flags, *shared(seed, model, folder)])
 
 
 def run(stage: str, arm: str, seed: int, model: str, folder: Path) -> None:
     flags = f"{COMMON} {STEPS[stage]} {ARMS[stage][arm][0]}".split()  # the last of a flag counts
-    if stage == "recover":
-        model = str(folder / f"start-{seed}" / "checkpoints" / "step_20")
+    if stage in STARTS:
+        model = str(start(stage, seed, folder) / "checkpoints" / f"step_{STARTS[stage]}")
     row = runs.train(folder / f"{stage}-{arm}-{seed}", [*flags, *shared(seed, model, folder)])
     if "curve" in row:
         names = ("avg@n", "unique@k", "named")
@@ -127,7 +135,7 @@ def table(rows: dict) -> str:
         for arm, (_, title) in arms.items():
             mine = [row for (*cell, _), row in sorted(rows.items()) if cell == [stage, arm] and "curve" in row]
             if mine and arm in ("grpo", "distill"):
-                before = "before training" if stage == "base" else "GRPO's policy after 20 steps"
+                before = f"GRPO's policy after {STARTS[stage]} steps" if stage in STARTS else "before training"
                 if title != "GRPO" or stage == "base":
                     lines.append([before, *cells([row["curve"][0] for row in mine]), "-", "-", "-"])
             if mine:
@@ -188,8 +196,9 @@ def main() -> None:
         arms = [arm for arm in ARMS[stage] if args.arms is None or arm in args.arms]
         folder = args.runs.resolve()
         missing = [(arm, s) for s in args.seeds for arm in arms if (stage, arm, s) not in results()]
-        if stage == "recover":
-            runs.in_parallel(restart, [(s, args.model, folder) for s in {s for _, s in missing}], args.workers)
+        if stage in STARTS:
+            starts = [(stage, seed, args.model, folder) for seed in {seed for _, seed in missing}]
+            runs.in_parallel(restart, starts, args.workers)
         runs.in_parallel(run, [(stage, arm, s, args.model, folder) for arm, s in missing], args.workers)
     draw(results())
     runs.publish("states", table(results()))
