@@ -198,12 +198,15 @@ def draw(rows: dict) -> None:
     figure, axes = plt.subplots(tall, 2, figsize=(9, 1 + 4 * tall), layout="constrained", squeeze=False)
     names: dict = {}
     for axis, task in zip(axes.flat, shown, strict=False):
-        names[axis] = []
+        names[axis], worse = [], []
         for arm in ARMS:
             seeds = sum(cell[:2] == (task, arm) and "curve" in row for cell, row in rows.items())
             if not seeds:
                 continue
             points = list(zip(*line(rows, task, arm), strict=True))
+            if points[0][-1] < points[0][0] - 1:
+                worse.append(arm)
+                continue
             color = next(color for start, (color, _) in FAMILIES.items() if arm.startswith(start))
             axis.plot(*points, "--" if "grpo" in arm else "-", color=color, linewidth=0.7, alpha=0.6)
             axis.plot(points[0][0], points[1][0], "k*", markersize=9)
@@ -211,7 +214,8 @@ def draw(rows: dict) -> None:
             name = arm if seeds > 2 else f"{arm}, seeds: {seeds}"
             names[axis].append((points[1][-1], points[0][-1], name))
         axis.plot(*zip(*frontier(rows, task), strict=True), "k:", linewidth=1.5)
-        axis.set(title=f"{task}, 3 seeds or more", xlabel="pass@1, %", ylabel="pass@8, %")
+        below = f" (worse than the base, not shown: {', '.join(worse)})" if worse else ""
+        axis.set(title=f"{task}, 3 seeds or more", xlabel=f"pass@1, %{below}", ylabel="pass@8, %")
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(shown) :]:
