@@ -124,7 +124,7 @@ def frontier(rows: dict, task: str) -> list[tuple[float, float]]:
         while len(hull) > 1 and is_below(hull[-1], hull[-2], new):
             hull.pop()
         hull.append(new)
-    return hull[hull.index(max(hull, key=itemgetter(1))) :]
+    return hull[hull.index(max(hull, key=itemgetter(1))) :] if hull else []
 
 
 def is_below(p: tuple[float, float], left: tuple[float, float], right: tuple[float, float]) -> bool:
@@ -133,11 +133,13 @@ def is_below(p: tuple[float, float], left: tuple[float, float], right: tuple[flo
 
 
 def above(hull: list[tuple[float, float]], x: float, y: float) -> float:
-    """How far pass@8 = y is above the frontier at pass@1 = x; beyond its ends, above the nearest.
+    """How far pass@8 = y is above the frontier at pass@1 = x; beyond its ends, above the nearest; nan without one.
 
     >>> above([(40.0, 90.0), (60.0, 80.0)], 50.0, 86.0)
     1.0
     """
+    if not hull:
+        return math.nan
     x = min(max(x, hull[0][0]), hull[-1][0])
     for (a, high), (b, low) in zip(hull, hull[1:], strict=False):
         if a <= x <= b:
@@ -213,7 +215,8 @@ def draw(rows: dict) -> None:
             axis.plot(points[0][-1], points[1][-1], "o", color=color, markersize=5)
             name = arm if seeds > 2 else f"{arm}, seeds: {seeds}"
             names[axis].append((points[1][-1], points[0][-1], name))
-        axis.plot(*zip(*frontier(rows, task), strict=True), "k:", linewidth=1.5)
+        if hull := frontier(rows, task):
+            axis.plot(*zip(*hull, strict=True), "k:", linewidth=1.5)
         below = f" (worse than the base, not shown: {', '.join(worse)})" if worse else ""
         axis.set(title=f"{task}, 3 seeds or more", xlabel=f"pass@1, %{below}", ylabel="pass@8, %")
         axis.margins(x=0.12)
