@@ -137,3 +137,24 @@ def test_a_state_is_right_if_it_is_the_only_one_that_is_named():
         outcome = task.score(None, text)
         assert (outcome.key, outcome.success, outcome.reward) == (key, key is not None, float(key is not None)), text
     assert all(task.score(None, name).key == name for name in module.STATES)
+
+
+def test_the_frontier_is_what_coins_between_policies_reach():
+    module = experiment("tasks")
+
+    def row(*points: tuple[float, float]) -> dict:
+        return dict(curve=[dict(iid={"avg@n": x, "pass@k": {"8": y}}) for x, y in points])
+
+    rows = {
+        ("t", "grpo", 0): row((0.4, 0.92), (0.5, 0.7), (0.62, 0.68)),
+        ("t", "grpo", 1): row((0.4, 0.88), (0.5, 0.7), (0.58, 0.72)),  # the mean of seeds: 0.9, 0.7, and (0.6, 0.7)
+        ("t", "grpo-kl0.2", 0): row((0.3, 0.6), (0.5, 0.85)),
+        ("t", "grpo-zero", 0): row((0.55, 0.95)),  # one of SESA's rewards
+        ("t", "mixed", 0): row((0.6, 0.9)),
+        ("other", "grpo", 0): row((0.9, 0.9)),
+    }
+    hull = module.frontier(rows, "t")
+    assert [pytest.approx(corner) for corner in hull] == [(40, 90), (50, 85), (60, 70)]
+    for x, y, above in [(45, 90.5, 3), (55, 77.5, 0), (60, 60, -10), (30, 91, 1), (70, 75, 5)]:
+        assert module.above(hull, x, y) == pytest.approx(above)
+    assert module.frontier({("t", "mixed", 0): row((0.6, 0.9))}, "t") == []
